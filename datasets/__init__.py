@@ -1,0 +1,49 @@
+"""A dataset by name."""
+
+from torch.utils.data import Dataset, Subset
+
+from datasets import coco, shapes
+
+DATASETS = {"coco": coco.build, "shapes": shapes.build}
+
+# The flags that DETR did not have. A caller whose `args` knows only the old ones gets these.
+NEW_FLAGS = {
+    "num_classes": None,
+    "min_size": 800,
+    "max_size": 1333,
+    "train_images": None,
+    "train_annotations": None,
+    "val_images": None,
+    "val_annotations": None,
+    "shapes_train": 4000,
+    "shapes_val": 250,
+    "shapes_size": 256,
+    "shapes_classes": 4,
+    "shapes_seed": 0,
+}
+
+
+def build_dataset(image_set: str, args) -> Dataset:
+    """Build the `train` or `val` part of the dataset that the flags describe.
+
+    `args` is any object with the data's flags as attributes; those DETR did not have may be missing. Raises ValueError
+    or FileNotFoundError for data that cannot be used.
+    """
+    if args.dataset_file not in DATASETS:
+        raise ValueError(f"no dataset {args.dataset_file!r}: --dataset_file is one of {', '.join(DATASETS)}")
+    flag = {name: getattr(args, name, default) for name, default in NEW_FLAGS.items()}
+    options = {name: flag[name] for name in ("min_size", "max_size", "num_classes")}
+    options |= {"return_masks": args.masks, "seed": args.seed}
+    if args.dataset_file == "shapes":
+        counts = {"train": flag["shapes_train"], "val": flag["shapes_val"]}
+        scene = (flag["shapes_size"], flag["shapes_classes"], flag["shapes_seed"])
+        return shapes.build(image_set, args.coco_path, counts, *scene, **options)
+    images, annotations = flag[f"{image_set}_images"], flag[f"{image_set}_annotations"]
+    return coco.build(image_set, args.coco_path, images=images, annotations=annotations, **options)
+
+
+def get_coco_api_from_dataset(dataset: Dataset):
+    """Return the pycocotools index of a COCO dataset, or of the dataset a Subset was taken from."""
+    while isinstance(dataset, Subset):
+        dataset = dataset.dataset
+    return dataset.coco

@@ -1,0 +1,124 @@
+"""COCO's AP over many processes: each collects, the main one judges."""
+
+import contextlib
+import copy
+import importlib.util
+import io
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+from torch import Tensor
+
+from util.box_ops import box_xyxy_to_cxcywh
+from util.dist import gather_to_main
+from util.logger import logger
+
+
+class CocoEvaluator:
+    """Collects detections with `update`, then gives COCO's twelve numbers for each of `iou_types`.
+
+    `coco_gt` is a COCO, or anything with its `dataset`. An image counts once however often it was seen, and only seen
+    images count. `backend` is "pycocotools", "faster" (faster-coco-eval: the same numbers, sooner) or "auto": faster
+    where it is installed. After `summarize`, `coco_eval["bbox"].stats` holds the numbers; on processes other than the
+    main one `coco_eval` stays empty.
+    """
+
+    def __init__(self, coco_gt, iou_types: Iterable[str], backend: str = "auto"):
+        self.coco_gt = coco_gt
+        self.iou_types = list(iou_types)
+        self.backend = backend
+        self.coco_eval: dict[str, COCOeval] = {}
+        self.results: dict[int, dict[str, np.ndarray]] = {}  # by image id
+
+    def update(self, predictions: dict[int, dict[str, Tensor]]) -> None:
+        """Add results by image id, as PostProcess gives them: `scores`, `labels`, `boxes` (x0, y0, x1, y1 in pixels)."""
+        for image_id, result in predictions.items():
+            boxes = result["boxes"].detach().float().cpu()
+            boxes = box_xyxy_to_cxcywh(boxes)
+            boxes[:, :2] -= boxes[:, 2:] / 2
+            scores, labels = result["scores"].detach().float().cpu(), result["labels"].cpu()
+            self.results[int(image_id)] = {"bbox": boxes.numpy(), "scores": scores.numpy(), "labels": labels.numpy()}
+
+    def synchronize_between_processes(self) -> None:
+        """Bring every process's results to the main one, in the order of the image ids."""
+        gathered = gather_to_main(self.results)
+        merged = {image_id: result for part in gathered or [] for image_id, result in part.items()}
+        self.results = dict(sorted(merged.items()))
+
+    def accumulate(self) -> None:
+        """Match detections with objects and build the precision curves."""
+        if not self.results:
+            return
+        coco_class, eval_class = self._backend()
+        with contextlib.redirect_stdout(io.StringIO()):
+            truth = _coco(coco_class, self.coco_gt.dataset)
+            for iou_type in self.iou_types:
+                found = {**self.coco_gt.dataset, "annotations": self._annotations(iou_type)}
+                evaluation = eval_class(truth, _coco(coco_class, found), iou_type)
+                evaluation.params.imgIds = list(self.results)
+                evaluation.evaluate()
+                evaluation.accumulate()
+                self.coco_eval[iou_type] = evaluation
+
+    def summarize(self) -> None:
+        """Print the twelve numbers, on the main process."""
+        for iou_type, evaluation in self.coco_eval.items():
+            with contextlib.redirect_stdout(io.StringIO()) as table:
+                evaluation.summarize()
+            logger.info(f"IoU metric: {iou_type}\n{table.getvalue().rstrip()}")
+
+    def predictions(self, iou_type: str = "bbox") -> list[dict]:
+        """Return the detections in COCO's result format, boxes as (x, y, width, height)."""
+        return [
+            {"image_id": image_id, "category_id": label, iou_type: value, "score": score}
+            for image_id, result in self.results.items()
+            for label, value, score in zip(
+                result["labels"].tolist(), result[iou_type].tolist(), result["scores"].tolist(), strict=True
+            )
+        ]
+
+    def save_predictions(self, folder: str | Path) -> None:
+        """Write `predictions_bbox.json`, COCO's result format, for any other tool to judge or draw."""
+        for iou_type in self.iou_types:
+            (Path(folder) / f"predictions_{iou_type}.json").write_text(json.dumps(self.predictions(iou_type)))
+
+    def _annotations(self, iou_type: str) -> list[dict]:
+        return [
+            {**found, "id": i, "iscrowd": 0, "area": found["bbox"][2] * found["bbox"][3]}
+            for i, found in enumerate(self.predictions(iou_type), start=1)
+        ]
+
+    def _backend(self) -> tuple[type, type]:
+        installed = importlib.util.find_spec("faster_coco_eval") is not None
+        if self.backend == "pycocotools" or (self.backend == "auto" and not installed):
+            return COCO, COCOeval
+        from faster_coco_eval import COCO as FasterCOCO
+        from faster_coco_eval import COCOeval_faster
+
+        return FasterCOCO, COCOeval_faster
+
+
+def _coco(coco_class: type, dataset: dict):
+    coco = coco_class()
+    coco.dataset = copy.copy(dataset)
+    coco.createIndex()
+    return coco
+
+
+def curves(evaluation: COCOeval) -> dict:
+    """Return what the precision curves are drawn from, as tensors and numbers that load with `weights_only=True`."""
+    import torch
+
+    result, params = evaluation.eval, evaluation.params
+    return {
+        **{name: torch.as_tensor(np.asarray(result[name])) for name in ("precision", "recall", "scores")},
+        "iou_thresholds": torch.as_tensor(np.asarray(params.iouThrs)),
+        "recall_thresholds": torch.as_tensor(np.asarray(params.recThrs)),
+        "category_ids": [int(i) for i in params.catIds],
+        "area_labels": list(params.areaRngLbl),
+        "max_detections": [int(n) for n in params.maxDets],
+    }

@@ -1,0 +1,204 @@
+"""The generated dataset that needs no download: coloured shapes in COCO's own format.
+
+Everything that training meets in COCO is there, in small: several classes, objects that overlap, sizes from small to
+large, images of different sizes, some without any object, crowds; and for panoptic training the stuff behind the
+objects and patches that belong to nothing. The same numbers give the same files.
+"""
+
+import json
+import math
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from datasets import coco
+from util.logger import logger
+
+THINGS = ("circle", "square", "triangle", "star", "ring", "cross", "hexagon", "bar")
+STUFF = ("ground", "sky")  # their ids follow the things'
+EMPTY, CROWD, VOID = 0.06, 0.06, 0.3  # shares of the images without objects, with a crowd, with an unlabelled patch
+MOST_OBJECTS = 6
+LARGEST_HIDDEN = 0.4  # an object is placed only if every other one keeps at least 60 % of its pixels
+
+
+def build(
+    image_set: str,
+    root: str | Path | None,
+    counts: dict[str, int],
+    image_size: int = 256,
+    classes: int = 4,
+    scene_seed: int = 0,
+    **options,
+) -> coco.CocoDetection:
+    """Build the `train` or `val` part, generating the files first where they are not there yet.
+
+    `root` defaults to a folder under the user's cache, named after the numbers. `options` are those of `coco.build`.
+    """
+    if root is None:
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        total = "+".join(str(count) for count in counts.values())
+        root = cache / "detr" / f"shapes-{total}-{image_size}px-{classes}classes-seed{scene_seed}"
+    generate(root, counts, image_size, classes, scene_seed)
+    return coco.build(image_set, root, **options)
+
+
+def generate(root: str | Path, counts: dict[str, int], image_size: int = 256, classes: int = 4, seed: int = 0) -> None:
+    """Write the dataset in COCO's layout, unless `root` exists; it appears whole or not at all.
+
+    Raises ValueError if there are not that many classes of shapes.
+    """
+    root = Path(root)
+    if not 1 <= classes <= len(THINGS):
+        raise ValueError(f"there are shapes for 1 to {len(THINGS)} classes, not {classes}")
+    if root.exists():
+        return
+    logger.info(f"generating {' + '.join(f'{n} {part}' for part, n in counts.items())} images of shapes in {root}")
+    root.parent.mkdir(parents=True, exist_ok=True)
+    draft = Path(tempfile.mkdtemp(prefix=f".{root.name}-", dir=root.parent))
+    try:
+        for part_number, (part, count) in enumerate(counts.items()):
+            _write_part(draft, part, count, image_size, classes, (seed, part_number))
+        draft.chmod(0o755)
+        os.rename(draft, root)
+    except OSError:
+        if not root.exists():  # otherwise another process was faster, with the same files
+            raise
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+
+
+def _write_part(root: Path, part: str, count: int, image_size: int, classes: int, seed: tuple[int, int]) -> None:
+    from pycocotools import mask as mask_api
+
+    folders = [root / name for name in (f"{part}2017", f"panoptic_{part}2017", "annotations")]
+    for folder in folders:
+        folder.mkdir(exist_ok=True)
+    images, instances, panoptic = [], [], []
+    for image_id in range(1, count + 1):
+        rng = np.random.default_rng([*seed, image_id])
+        pixels, ids, segments = draw_scene(rng, image_size, classes)
+        name = f"{image_id:012d}"
+        Image.fromarray(pixels).save(folders[0] / f"{name}.jpg", quality=92)
+        Image.fromarray(np.stack([ids, np.zeros_like(ids), np.zeros_like(ids)], -1)).save(folders[1] / f"{name}.png")
+        height, width = ids.shape
+        images.append({"id": image_id, "file_name": f"{name}.jpg", "height": height, "width": width})
+        panoptic.append({"image_id": image_id, "file_name": f"{name}.png", "segments_info": segments})
+        for segment in segments:
+            if segment["category_id"] <= classes:
+                rle = mask_api.encode(np.asfortranarray(ids == segment["id"]))
+                rle["counts"] = rle["counts"].decode()
+                instances.append({**segment, "id": len(instances) + 1, "image_id": image_id, "segmentation": rle})
+    names = (*THINGS[:classes], *STUFF)
+    categories = [{"id": i, "name": n, "isthing": int(i <= classes)} for i, n in enumerate(names, start=1)]
+    for kind, annotations, known in (
+        ("instances", instances, categories[:classes]),
+        ("panoptic", panoptic, categories),
+    ):
+        content = {"info": {}, "images": images, "annotations": annotations, "categories": known}
+        (folders[2] / f"{kind}_{part}2017.json").write_text(json.dumps(content))
+
+
+def draw_scene(rng: np.random.Generator, image_size: int, classes: int) -> tuple[np.ndarray, np.ndarray, list[dict]]:
+    """Draw one image: pixels uint8 [H, W, 3], segment ids uint8 [H, W] (0 = void), and the segments' records.
+
+    Ids count from 1 in the map: the two stuffs, then the objects in the order they were drawn.
+    """
+    height, width = (int(image_size * side) for side in rng.uniform(0.75, 1, 2))
+    rows, columns = np.arange(height)[:, None], np.arange(width)
+    ids = np.ones((height, width), np.uint8)
+    horizon = rng.uniform(0.2, 0.8) + 0.05 * np.sin(columns / width * rng.uniform(3, 12))
+    ids[rows / height < horizon] = 2
+    if rng.random() < VOID:
+        ids[_outline(rng, "circle", height, width, 0.35) > 0.5] = 0
+    pixels = rng.uniform(30, 225, (3, 3))[ids]
+    pixels += (rows / height * rng.uniform(-40, 40) + columns / width * rng.uniform(-40, 40))[..., None]
+    pixels[ids == 0] = rng.uniform(0, 255, ((ids == 0).sum(), 1))  # grey noise, unlike any object
+
+    wanted = 0 if rng.random() < EMPTY else int(rng.integers(1, MOST_OBJECTS + 1))
+    labels = {1: classes + 1, 2: classes + 2}
+    crowded = wanted > 0 and rng.random() < CROWD
+    if crowded:
+        labels[3] = int(rng.integers(1, classes + 1))
+        _place_crowd(rng, pixels, ids, THINGS[labels[3] - 1])
+    whole = dict(zip(*np.unique(ids, return_counts=True), strict=True))
+    for _ in range(6 * wanted):  # tries: an object that would hide too much of another is not placed
+        if len(labels) == wanted + 2:
+            break
+        label, segment = int(rng.integers(1, classes + 1)), len(labels) + 1
+        cover = _outline(rng, THINGS[label - 1], height, width, float(np.exp(rng.uniform(*np.log((0.12, 0.6))))))
+        left = np.bincount(ids[cover <= 0.5], minlength=segment)
+        if all(left[i] >= (1 - LARGEST_HIDDEN) * whole[i] for i in range(3, segment)):
+            _paint(rng, pixels, ids, cover, segment)
+            labels[segment], whole[segment] = label, int((cover > 0.5).sum())
+    pixels += rng.normal(0, 6, pixels.shape)
+    return pixels.clip(0, 255).astype(np.uint8), ids, _records(ids, labels, crowd=3 if crowded else None)
+
+
+def _outline(rng: np.random.Generator, name: str, height: int, width: int, extent: float) -> np.ndarray:
+    """Draw a shape at a random place and angle: the share of each pixel that it covers, [H, W] in 0..1.
+
+    `extent` is its diameter as a share of the image's shorter side; its centre keeps it within the image.
+    """
+    fine = 3  # sub-pixels in a pixel, each way
+    radius = extent * min(height, width) / 2
+    centre = np.array([rng.uniform(radius, side - radius) for side in (width, height)])
+    turn = rng.uniform(0, 2 * math.pi)
+
+    def polygon(corners: int, radii: tuple[float, ...] = (1.0,), stretch: float = 1.0) -> list[tuple[float, float]]:
+        angles = np.arange(corners) * 2 * math.pi / corners + math.pi / 4
+        reach = radius * np.resize(radii, corners)
+        points = np.stack([np.cos(angles) * reach, np.sin(angles) * reach * stretch], 1)
+        rotation = np.array([[math.cos(turn), -math.sin(turn)], [math.sin(turn), math.cos(turn)]])
+        return [tuple(point) for point in (points @ rotation.T + centre) * fine]
+
+    picture = Image.new("L", (width * fine, height * fine))
+    draw = ImageDraw.Draw(picture)
+    if name in ("circle", "ring"):
+        draw.polygon(polygon(48), fill=255)
+        if name == "ring":
+            draw.polygon(polygon(48, (0.55,)), fill=0)
+    elif name == "cross":
+        draw.polygon(polygon(12, (0.45, 1.0, 1.0)), fill=255)
+    elif name == "star":
+        draw.polygon(polygon(10, (1.0, 0.45)), fill=255)
+    elif name == "bar":
+        draw.polygon(polygon(4, stretch=0.3), fill=255)
+    else:
+        draw.polygon(polygon({"square": 4, "triangle": 3, "hexagon": 6}[name]), fill=255)
+    return np.asarray(picture.reduce(fine), np.float32) / 255
+
+
+def _paint(rng: np.random.Generator, pixels: np.ndarray, ids: np.ndarray, cover: np.ndarray, segment: int) -> None:
+    """Colour a shape so that it stands out from what it covers, and enter it in the map."""
+    inside = cover > 0.5
+    below = pixels[inside].mean(0) if inside.any() else np.zeros(3)
+    colour = max(rng.uniform(0, 255, (3, 3)), key=lambda candidate: np.abs(candidate - below).sum())
+    pixels += cover[..., None] * (colour - pixels)
+    ids[inside] = segment
+
+
+def _place_crowd(rng: np.random.Generator, pixels: np.ndarray, ids: np.ndarray, name: str) -> None:
+    """Scatter many small shapes of one class over a part of the image; together they are segment 3."""
+    height, width = ids.shape
+    h, w = height // 3, width // 3
+    top, left = rng.integers(0, height - h), rng.integers(0, width - w)
+    part = np.s_[top : top + h, left : left + w]
+    for _ in range(int(rng.integers(8, 14))):
+        _paint(rng, pixels[part], ids[part], _outline(rng, name, h, w, 0.3), 3)
+
+
+def _records(ids: np.ndarray, labels: dict[int, int], crowd: int | None) -> list[dict]:
+    """Describe the segments that can be seen, as COCO panoptic's `segments_info`."""
+    records = []
+    for segment, label in labels.items():
+        rows, columns = np.nonzero(ids == segment)
+        if len(rows):
+            x, y = int(columns.min()), int(rows.min())
+            box = [x, y, int(columns.max()) - x + 1, int(rows.max()) - y + 1]
+            record = {"id": segment, "category_id": label, "area": len(rows), "bbox": box}
+            records.append({**record, "iscrowd": int(segment == crowd)})
+    return records

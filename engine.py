@@ -1,0 +1,140 @@
+"""What one epoch of training and one pass of evaluation do."""
+
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from datasets.coco_eval import CocoEvaluator
+from util.logger import MetricLogger, SmoothedValue
+
+AMP_TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def train_one_epoch(
+    model: nn.Module,
+    criterion: nn.Module,
+    data_loader: Iterable,
+    optimizer: torch.optim.Optimizer,
+    device: torch.device,
+    epoch: int,
+    max_norm: float = 0,
+    *,
+    amp: str | None = None,
+    scaler: torch.amp.GradScaler | None = None,
+    accum_steps: int = 1,
+    print_freq: int = 10,
+) -> dict[str, float]:
+    """Train on every batch once; return the epoch's averages.
+
+    Gradients are clipped to a norm of `max_norm` (0: not at all). `amp` is "bf16", "fp16" (with a `scaler`) or None.
+    The optimizer steps every `accum_steps` batches, on the mean of their gradients. Raises FloatingPointError, before
+    the weights are touched, when the loss is not finite.
+    """
+    model.train()
+    criterion.train()
+    scaler = scaler or torch.amp.GradScaler(enabled=False)
+    metrics = MetricLogger()
+    metrics.add_meter("lr", SmoothedValue(window_size=1, fmt="{value:.6f}"))
+    metrics.add_meter("class_error", SmoothedValue(window_size=1, fmt="{value:.2f}"))
+    batches = len(data_loader)
+    for step, (samples, targets) in enumerate(metrics.log_every(data_loader, print_freq, f"Epoch: [{epoch}]")):
+        ids = [target["image_id"].tolist() for target in targets if "image_id" in target]
+        samples = samples.to(device, non_blocking=True)
+        targets = to_device(targets, device)
+        with autocast(device, amp):
+            outputs = model(samples)
+        losses = criterion(outputs, targets)
+        loss = sum(losses[name] * weight for name, weight in criterion.weight_dict.items() if name in losses)
+        values = loss_values(losses, criterion.weight_dict)
+        if not math.isfinite(values["loss"]):
+            broken = [name for name in losses if not math.isfinite(values[f"{name}_unscaled"])]
+            raise FloatingPointError(
+                f"epoch {epoch}, step {step}, images {sum(ids, [])}: not finite: {', '.join(broken)}"
+            )
+
+        group_start = step - step % accum_steps
+        scaler.scale(loss / min(accum_steps, batches - group_start)).backward()
+        if (step + 1) % accum_steps == 0 or step + 1 == batches:
+            if max_norm > 0:
+                scaler.unscale_(optimizer)
+                nn.utils.clip_grad_norm_(model.parameters(), max_norm)
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+        metrics.update(**values, lr=optimizer.param_groups[0]["lr"])
+    metrics.synchronize_between_processes()
+    return metrics.averages()
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module,
+    criterion: nn.Module,
+    postprocessors: dict[str, nn.Module],
+    data_loader: Iterable,
+    base_ds,
+    device: torch.device,
+    output_dir: str,
+    *,
+    amp: str | None = None,
+    coco_backend: str = "auto",
+    print_freq: int = 10,
+) -> tuple[dict, CocoEvaluator]:
+    """Run the model over the data and judge it by COCO's protocol, at the images' original sizes.
+
+    `base_ds` is the annotation index as pycocotools builds it (needed on the main process only). Returns the averaged
+    losses with, on the main process, `coco_eval_bbox` (COCO's twelve numbers), and the evaluator.
+    """
+    model.eval()
+    criterion.eval()
+    metrics = MetricLogger()
+    metrics.add_meter("class_error", SmoothedValue(window_size=1, fmt="{value:.2f}"))
+    evaluator = CocoEvaluator(base_ds, [name for name in ("segm", "bbox") if name in postprocessors], coco_backend)
+    for samples, targets in metrics.log_every(data_loader, print_freq, "Test:"):
+        ids = [int(target["image_id"]) for target in targets]
+        original_sizes = torch.stack([target["orig_size"] for target in targets])
+        samples = samples.to(device, non_blocking=True)
+        targets = to_device(targets, device)
+        with autocast(device, amp):
+            outputs = model(samples)
+        metrics.update(**loss_values(criterion(outputs, targets), criterion.weight_dict))
+        results = postprocessors["bbox"](outputs, original_sizes.to(device, non_blocking=True))
+        evaluator.update(dict(zip(ids, results, strict=True)))
+    metrics.synchronize_between_processes()
+    evaluator.synchronize_between_processes()
+    evaluator.accumulate()
+    evaluator.summarize()
+    stats = metrics.averages()
+    if "bbox" in evaluator.coco_eval:
+        stats["coco_eval_bbox"] = [float(number) for number in evaluator.coco_eval["bbox"].stats]
+    return stats, evaluator
+
+
+def to_device(targets: Iterable[dict], device: torch.device) -> list[dict]:
+    """Copy the tensors of the targets; entries of another kind pass."""
+    return [
+        {
+            name: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
+            for name, value in target.items()
+        }
+        for target in targets
+    ]
+
+
+def autocast(device: torch.device, amp: str | None) -> torch.autocast:
+    """Build the context the model runs in: half precision of a kind, or None for float32."""
+    return torch.autocast(torch.device(device).type, dtype=AMP_TYPES.get(amp), enabled=amp is not None)
+
+
+def loss_values(losses: dict[str, Tensor], weight_dict: dict[str, float]) -> dict[str, float]:
+    """Bring the losses to the CPU, in one copy, as the numbers the log shows.
+
+    `loss` is the weighted sum, `loss_ce` and so on its weighted parts, `*_unscaled` everything as the criterion gave it.
+    """
+    numbers = torch.stack([value.detach().float() for value in losses.values()]).tolist()
+    raw = dict(zip(losses, numbers, strict=True))
+    weighted = {name: raw[name] * weight for name, weight in weight_dict.items() if name in raw}
+    values = {"loss": sum(weighted.values()), **weighted, **{f"{name}_unscaled": value for name, value in raw.items()}}
+    return values | ({"class_error": raw["class_error"]} if "class_error" in raw else {})

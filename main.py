@@ -1,0 +1,388 @@
+"""The flags of a run, its parts, and the walk through the epochs.
+
+python main.py --coco_path /data/coco --output_dir runs/r50          # the published recipe
+python main.py --coco_path /data/coco --eval --resume FILE_OR_URL    # AP of a checkpoint
+"""
+
+import argparse
+import json
+import time
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
+
+import datasets
+import models
+from datasets import build_dataset, get_coco_api_from_dataset
+from datasets.batches import EvalBatches, TrainBatches
+from datasets.coco_eval import CocoEvaluator, curves
+from datasets.transforms import resized_size
+from engine import evaluate, train_one_epoch
+from models import build_model
+from util.checkpoint import (
+    load_checkpoint,
+    load_model,
+    newest_checkpoint,
+    restore_rng,
+    rng_state,
+    save_checkpoint,
+    versions,
+)
+from util.dist import all_gather, get_rank, get_world_size, init_distributed_mode, is_main_process, pick_device
+from util.logger import logger
+from util.misc import get_sha
+from util.nested_tensor import collate_fn
+from util.plot_utils import draw_curves
+
+
+def get_args_parser() -> argparse.ArgumentParser:
+    """Declare every flag. The defaults are the published recipe; new flags deviate from nothing unless given."""
+    new = {**models.NEW_FLAGS, **datasets.NEW_FLAGS}
+    parser = argparse.ArgumentParser("DETR", add_help=False)
+    add = _group(parser, "optimisation")
+    add("--lr", default=1e-4, type=float, help="learning rate of the transformer and the heads")
+    add("--lr_backbone", default=1e-5, type=float, help="learning rate of the backbone; 0 freezes it")
+    add("--batch_size", default=2, type=int, help="images per process and step")
+    add("--weight_decay", default=1e-4, type=float, help="AdamW's weight decay")
+    add("--epochs", default=300, type=int, help="epochs in all")
+    add("--lr_drop", default=200, type=int, help="divide both rates by 10 every so many epochs")
+    add("--clip_max_norm", default=0.1, type=float, help="largest norm of the gradient; 0 leaves it alone")
+    add("--accum_steps", default=1, type=int, help="batches whose gradients are averaged for one step")
+    add("--amp", choices=["bf16", "fp16"], help="half precision in the network (matching and losses stay float32)")
+    add("--compile", action="store_true", help="compile the network (torch.compile)")
+
+    add = _group(parser, "backbone")
+    add("--backbone", default="resnet50", type=str, help="resnet18, resnet34, resnet50 or resnet101")
+    add("--dilation", action="store_true", help="stride 16 instead of 32 in the last stage (DC5; resnet50 and 101)")
+    add("--position_embedding", default="sine", type=str, choices=("sine", "learned"), help="kind of position encoding")
+    add(
+        "--backbone_weights",
+        default=new["backbone_weights"],
+        metavar="imagenet|none|PATH",
+        help="torchvision's ImageNet V1 weights, random ones, or a state dict in torchvision's names",
+    )
+    add(
+        "--backbone_norm",
+        default=new["backbone_norm"],
+        choices=("frozen", "batch"),
+        help="frozen: statistics and affine stay as loaded; batch: live, and stem and layer1 train too (from scratch)",
+    )
+
+    add = _group(parser, "transformer")
+    add("--enc_layers", default=6, type=int, help="encoder layers")
+    add("--dec_layers", default=6, type=int, help="decoder layers")
+    add("--dim_feedforward", default=2048, type=int, help="inner width of the perceptrons")
+    add("--hidden_dim", default=256, type=int, help="width of the transformer")
+    add("--dropout", default=0.1, type=float, help="dropout in the transformer")
+    add("--nheads", default=8, type=int, help="attention heads")
+    add("--num_queries", default=100, type=int, help="object queries: the most objects found in an image")
+    add("--pre_norm", action="store_true", help="normalise before each sublayer instead of after it")
+    add(
+        "--num_classes",
+        default=new["num_classes"],
+        type=int,
+        help="largest class id + 1; default: from the annotations",
+    )
+
+    add = _group(parser, "segmentation")
+    add("--masks", action="store_true", help="train the mask head")
+    add("--frozen_weights", type=str, help="a trained box model to put the mask head on; only the head trains")
+
+    add = _group(parser, "matching and loss")
+    add("--no_aux_loss", dest="aux_loss", action="store_false", help="train only the last decoder layer's outputs")
+    add("--set_cost_class", default=1, type=float, help="weight of the class probability in the matching cost")
+    add("--set_cost_bbox", default=5, type=float, help="weight of the L1 distance in the matching cost")
+    add("--set_cost_giou", default=2, type=float, help="weight of the generalized IoU in the matching cost")
+    add("--mask_loss_coef", default=1, type=float, help="weight of the focal mask loss")
+    add("--dice_loss_coef", default=1, type=float, help="weight of the dice mask loss")
+    add("--bbox_loss_coef", default=5, type=float, help="weight of the L1 box loss")
+    add("--giou_loss_coef", default=2, type=float, help="weight of the generalized IoU loss")
+    add("--eos_coef", default=0.1, type=float, help='weight of "no object" in the classification loss')
+
+    add = _group(parser, "data")
+    add("--dataset_file", default="coco", help=f"one of: {', '.join(datasets.DATASETS)}")
+    add("--coco_path", type=str, help="folder with train2017/, val2017/ and annotations/ (shapes: where to write them)")
+    add("--coco_panoptic_path", type=str, help="folder with COCO's panoptic annotations")
+    add("--remove_difficult", action="store_true", help="accepted for old scripts; has never had an effect")
+    for part in ("train", "val"):
+        add(f"--{part}_images", help=f"folder of the {part} images, where the layout is not COCO's")
+        add(f"--{part}_annotations", help=f"COCO instances file of the {part} images")
+    add(
+        "--min_size",
+        default=new["min_size"],
+        type=int,
+        help="shortest side at evaluation; all training sizes scale with it",
+    )
+    add("--max_size", default=new["max_size"], type=int, help="most pixels of the longest side")
+    add("--shapes_train", default=new["shapes_train"], type=int, help="generated training images")
+    add("--shapes_val", default=new["shapes_val"], type=int, help="generated validation images")
+    add("--shapes_size", default=new["shapes_size"], type=int, help="longest side of generated images")
+    add("--shapes_classes", default=new["shapes_classes"], type=int, help="classes of generated objects, 1 to 8")
+    add("--shapes_seed", default=new["shapes_seed"], type=int, help="seed of the generated dataset")
+
+    add = _group(parser, "run")
+    add("--output_dir", default="", help="where checkpoints, logs and pictures go; empty: nowhere")
+    add("--device", default="cuda", help="device to run on; without a GPU the CPU is used")
+    add("--seed", default=42, type=int, help="seed of weights, data order and augmentation")
+    add(
+        "--resume",
+        default="",
+        help="checkpoint to go on from (file or URL), or auto: the newest in --output_dir, if any",
+    )
+    add("--start_epoch", default=0, type=int, metavar="N", help="first epoch; a resumed run knows its own")
+    add("--eval", action="store_true", help="evaluate only")
+    add("--eval_every", default=1, type=int, help="evaluate after every so many epochs, and after the last")
+    add(
+        "--eval_padding_free",
+        action="store_true",
+        help="batch only images of equal size at evaluation: batch size cannot matter",
+    )
+    add(
+        "--coco_eval",
+        default="auto",
+        choices=("auto", "faster", "pycocotools"),
+        help="AP by faster-coco-eval or pycocotools (the same numbers); auto: the faster one where installed",
+    )
+    add("--print_freq", default=10, type=int, help="steps between log lines")
+    add("--num_workers", default=2, type=int, help="data loading processes, per training process")
+
+    add = _group(parser, "distributed")
+    add(
+        "--world_size",
+        default=1,
+        type=int,
+        help="accepted for old scripts; the launcher says how many processes there are",
+    )
+    add("--dist_url", default="env://", help="where processes meet")
+    return parser
+
+
+def _group(parser: argparse.ArgumentParser, title: str):
+    return parser.add_argument_group(title).add_argument
+
+
+def check_flags(args) -> None:
+    """Raise ValueError for values, or combinations of them, that cannot be what was meant."""
+    refusals = [
+        (args.frozen_weights and not args.masks, "--frozen_weights trains a mask head on a frozen model: add --masks"),
+        (args.hidden_dim % args.nheads, f"--hidden_dim {args.hidden_dim} cannot be split into --nheads {args.nheads}"),
+        (args.hidden_dim % 4, f"--hidden_dim {args.hidden_dim}: positions need a multiple of 4"),
+        (args.num_queries < 1, f"--num_queries {args.num_queries}: at least 1"),
+        (args.dec_layers < 1, f"--dec_layers {args.dec_layers}: at least 1"),
+        (args.batch_size < 1, f"--batch_size {args.batch_size}: at least 1"),
+        (args.accum_steps < 1, f"--accum_steps {args.accum_steps}: at least 1"),
+        (args.eval_every < 1, f"--eval_every {args.eval_every}: at least 1"),
+        (args.lr_drop < 1, f"--lr_drop {args.lr_drop}: at least 1"),
+        (args.max_size < args.min_size, f"--max_size {args.max_size} is below --min_size {args.min_size}"),
+        (args.resume == "auto" and not args.output_dir, "--resume auto looks in --output_dir: give one"),
+        (args.eval and args.frozen_weights, "--eval takes a whole model: use --resume, not --frozen_weights"),
+        (args.backbone_norm == "batch" and not args.lr_backbone, "--backbone_norm batch trains the backbone: --lr_backbone is 0"),
+    ]  # fmt: skip
+    for wrong, why in refusals:
+        if wrong:
+            raise ValueError(why)
+
+
+@dataclass
+class Run:
+    """Everything a checkpoint restores."""
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    lr_scheduler: torch.optim.lr_scheduler.LRScheduler
+    scaler: torch.amp.GradScaler
+    args: argparse.Namespace
+    class_names: dict[int, str]
+    epoch: int  # the next to train
+    best: float = -1.0  # AP of the best epoch so far
+
+    def state(self) -> dict:
+        """Tensors and plain Python, for every process to call (the generators of all are in it)."""
+        return {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "lr_scheduler": self.lr_scheduler.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "epoch": self.epoch - 1,
+            "args": {name: str(value) if isinstance(value, Path) else value for name, value in vars(self.args).items()},
+            "class_names": self.class_names,
+            "best": self.best,
+            "rng": all_gather(rng_state()),
+            "versions": versions(),
+        }
+
+    def restore(self, state: dict) -> None:
+        """Go on from a checkpoint; one that holds only a model gives only that."""
+        if "optimizer" not in state:
+            return
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.lr_scheduler.load_state_dict(state["lr_scheduler"])
+        self.scaler.load_state_dict(state.get("scaler", {})) if state.get("scaler") else None
+        self.epoch = state["epoch"] + 1
+        self.best = state.get("best", -1.0)
+        if len(state.get("rng", ())) == get_world_size():
+            restore_rng(state["rng"][get_rank()])
+
+
+def main(args) -> None:
+    """Run what the flags say. Raises ValueError or FileNotFoundError for flags and files that cannot be used."""
+    check_flags(args)
+    processes = init_distributed_mode(args.device, args.dist_url)
+    device = pick_device(args.device, processes.local_rank)
+    logger.info(get_sha())
+    logger.info(args)
+    torch.manual_seed(args.seed + processes.rank)
+    output_dir = Path(args.output_dir) if args.output_dir else None
+    if output_dir:
+        output_dir.mkdir(parents=True, exist_ok=True)
+
+    train_set = None if args.eval else build_dataset("train", args)
+    args.num_classes = args.num_classes or (train_set and train_set.num_classes)
+    val_set = build_dataset("val", args)
+    args.num_classes = args.num_classes or val_set.num_classes
+    val_loader = build_val_loader(val_set, args, device)
+    base_ds = get_coco_api_from_dataset(val_set) if is_main_process() else None
+
+    resume = newest_checkpoint(output_dir) if args.resume == "auto" else args.resume
+    model, criterion, postprocessors, checkpoint = build_parts(args, device, resume)
+
+    def run_evaluation() -> tuple[dict, CocoEvaluator]:
+        return evaluate(
+            model, criterion, postprocessors, val_loader, base_ds, device, args.output_dir,
+            amp=args.amp, coco_backend=args.coco_eval, print_freq=args.print_freq,
+        )  # fmt: skip
+
+    if args.eval:
+        _, evaluator = run_evaluation()
+        if output_dir and is_main_process():
+            evaluator.save_predictions(output_dir)
+            save_checkpoint(curves(evaluator.coco_eval["bbox"]), output_dir / "eval.pth")
+        return
+
+    run = build_run(args, model, train_set)
+    if checkpoint:
+        run.restore(checkpoint)
+    train_loader = build_train_loader(train_set, args, device)
+    ddp_model = distribute(model, processes, device)
+    n_parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    logger.info(f"{n_parameters} trainable parameters; training epochs {run.epoch} to {args.epochs - 1}")
+    start = time.perf_counter()
+    while run.epoch < args.epochs:
+        epoch = run.epoch
+        train_set.set_epoch(epoch)
+        train_loader.batch_sampler.set_epoch(epoch)
+        train_stats = train_one_epoch(
+            ddp_model, criterion, train_loader, run.optimizer, device, epoch, args.clip_max_norm,
+            amp=args.amp, scaler=run.scaler, accum_steps=args.accum_steps, print_freq=args.print_freq,
+        )  # fmt: skip
+        run.lr_scheduler.step()
+        run.epoch += 1
+        test_stats, evaluator = {}, None
+        if run.epoch % args.eval_every == 0 or run.epoch == args.epochs:
+            test_stats, evaluator = run_evaluation()
+        if output_dir:
+            log = {
+                **{f"train_{name}": value for name, value in train_stats.items()},
+                **{f"test_{name}": value for name, value in test_stats.items()},
+                "epoch": epoch,
+                "n_parameters": n_parameters,
+            }
+            leave_behind(output_dir, run, log, evaluator)
+    logger.info(f"Training time {timedelta(seconds=int(time.perf_counter() - start))}")
+
+
+def build_parts(args, device: torch.device, resume: str | Path | None) -> tuple:
+    """Build model, criterion and post-processors on the device; with `resume`, load its weights and return its state."""
+    checkpoint = load_checkpoint(resume) if resume else None
+    # A checkpoint holds the backbone too: nothing is downloaded to be overwritten.
+    weights = "none" if checkpoint else args.backbone_weights
+    parts = argparse.Namespace(**{**vars(args), "backbone_weights": weights, "device": str(device)})
+    model, criterion, postprocessors = build_model(parts)
+    if checkpoint:
+        load_model(model, checkpoint, str(resume))
+        logger.info(f"weights from {resume}")
+    elif args.eval:
+        logger.warning("evaluating a model that was never trained: --resume names its checkpoint")
+    model.to(device)
+    if args.compile:
+        model.compile()
+    return model, criterion, postprocessors, checkpoint
+
+
+def build_run(args, model: nn.Module, train_set: Dataset) -> Run:
+    """Build the optimizer and its schedule: AdamW with a rate of its own for the backbone, and steps down by ten."""
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for name, p in named if "backbone" not in name]},
+        {"params": [p for name, p in named if "backbone" in name], "lr": args.lr_backbone},
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=args.lr, weight_decay=args.weight_decay)
+    lr_scheduler = torch.optim.lr_scheduler.StepLR(optimizer, args.lr_drop)
+    scaler = torch.amp.GradScaler(enabled=args.amp == "fp16")
+    return Run(model, optimizer, lr_scheduler, scaler, args, train_set.class_names, args.start_epoch)
+
+
+def build_train_loader(train_set: Dataset, args, device: torch.device) -> DataLoader:
+    """Build the loader of shuffled, augmented batches."""
+    batches = TrainBatches(len(train_set), args.batch_size, args.seed, get_rank(), get_world_size())
+    return _loader(train_set, batches, args, device)
+
+
+def build_val_loader(val_set: Dataset, args, device: torch.device) -> DataLoader:
+    """Build the loader of every validation image once."""
+    sizes = None
+    if args.eval_padding_free:
+        sizes = [resized_size(h, w, args.min_size, args.max_size) for h, w in val_set.sizes]
+    batches = EvalBatches(len(val_set), args.batch_size, get_rank(), get_world_size(), sizes)
+    return _loader(val_set, batches, args, device)
+
+
+def _loader(dataset: Dataset, batches, args, device: torch.device) -> DataLoader:
+    return DataLoader(
+        dataset,
+        batch_sampler=batches,
+        collate_fn=collate_fn,
+        num_workers=args.num_workers,
+        persistent_workers=args.num_workers > 0,
+        pin_memory=device.type == "cuda",
+        generator=torch.Generator(),  # its own: the global one belongs to dropout, and must not depend on loaders
+    )
+
+
+def distribute(model: nn.Module, processes, device: torch.device) -> nn.Module:
+    """Wrap the model for several processes; a single one gets it back as it is."""
+    if not processes.distributed:
+        return model
+    device_ids = [device.index] if device.type == "cuda" else None
+    return nn.parallel.DistributedDataParallel(model, device_ids=device_ids, gradient_as_bucket_view=True)
+
+
+def leave_behind(output_dir: Path, run: Run, log: dict, evaluator: CocoEvaluator | None) -> None:
+    """Write an epoch's checkpoints, log line, curves and evaluation. Every process calls it, the main one writes."""
+    epoch, best = log["epoch"], log.get("test_coco_eval_bbox", [-1.0])[0]
+    paths = [output_dir / "checkpoint.pth"]
+    if run.epoch % run.args.lr_drop == 0 or run.epoch % 100 == 0:
+        paths.append(output_dir / f"checkpoint{epoch:04}.pth")
+    if best > run.best:
+        run.best = best
+        paths.append(output_dir / "checkpoint_best.pth")
+    state = run.state()
+    if not is_main_process():
+        return
+    save_checkpoint(state, *paths)
+    with (output_dir / "log.txt").open("a") as file:
+        file.write(json.dumps(log) + "\n")
+    draw_curves(output_dir)
+    if evaluator and "bbox" in evaluator.coco_eval:
+        evaluator.save_predictions(output_dir)
+        (output_dir / "eval").mkdir(exist_ok=True)
+        files = [output_dir / "eval" / "latest.pth"] + [output_dir / "eval" / f"{epoch:03}.pth"] * (epoch % 50 == 0)
+        save_checkpoint(curves(evaluator.coco_eval["bbox"]), *files)
+
+
+if __name__ == "__main__":
+    main(argparse.ArgumentParser("DETR training and evaluation", parents=[get_args_parser()]).parse_args())

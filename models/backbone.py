@@ -1,0 +1,151 @@
+"""A ResNet that returns feature maps with their padding masks and positions."""
+
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+import torchvision
+from torch import Tensor, nn
+from torchvision.ops.misc import FrozenBatchNorm2d
+
+from util.logger import logger
+from util.nested_tensor import NestedTensor
+
+__all__ = ["Backbone", "BackboneBase", "FrozenBatchNorm2d", "Joiner", "load_backbone_weights"]
+
+BACKBONES = ("resnet18", "resnet34", "resnet50", "resnet101")
+PIXEL_MEAN, PIXEL_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+class _Body(nn.ModuleDict):
+    """A ResNet up to layer4 under torchvision's own names, returning the outputs of some of its layers."""
+
+    def __init__(self, resnet: nn.Module, return_layers: dict[str, str]):
+        super().__init__({name: module for name, module in resnet.named_children() if name not in ("avgpool", "fc")})
+        self.return_layers = return_layers
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        features: dict[str, Tensor] = {}
+        for name, module in self.items():
+            x = module(x)
+            if name in self.return_layers:
+                features[self.return_layers[name]] = x
+        return features
+
+
+class BackboneBase(nn.Module):
+    """Wraps a torchvision-style ResNet: normalises raw pixels, returns features with masks of their size.
+
+    Of `backbone`, layer2 to layer4 train when `train_backbone` is true; the stem and layer1 never do. The features are
+    layer4's, with stride 32 (16 if dilated) and `num_channels` channels, or all four layers' with `return_interm_layers`.
+    """
+
+    def __init__(self, backbone: nn.Module, train_backbone: bool, num_channels: int, return_interm_layers: bool):
+        super().__init__()
+        for name, parameter in backbone.named_parameters():
+            if not (train_backbone and name.startswith(("layer2", "layer3", "layer4"))):
+                parameter.requires_grad_(False)
+        if return_interm_layers:
+            return_layers = {f"layer{i + 1}": str(i) for i in range(4)}
+        else:
+            return_layers = {"layer4": "0"}
+        # Convolutions run faster with channels last; the values and the state dict do not change.
+        self.body = _Body(backbone, return_layers).to(memory_format=torch.channels_last)
+        self.num_channels = num_channels
+        self.register_buffer("pixel_mean", torch.tensor(PIXEL_MEAN)[:, None, None], persistent=False)
+        self.register_buffer("pixel_std", torch.tensor(PIXEL_STD)[:, None, None], persistent=False)
+
+    def forward(self, tensor_list: NestedTensor) -> dict[str, NestedTensor]:
+        """Images [B, 3, H, W], raw (uint8) or already normalised (floating) -> name: features [B, C, h, w], masks."""
+        mask = tensor_list.mask
+        assert mask is not None, "the backbone needs the padding mask of its images"
+        images = tensor_list.tensors
+        if images.dtype == torch.uint8:
+            images = ((images.float() / 255 - self.pixel_mean) / self.pixel_std).masked_fill(mask[:, None], 0.0)
+        features = self.body(images.contiguous(memory_format=torch.channels_last))
+        out: dict[str, NestedTensor] = {}
+        for name, feature in features.items():
+            small = F.interpolate(mask[:, None].float(), size=feature.shape[-2:], mode="nearest")
+            out[name] = NestedTensor(feature, small[:, 0] > 0.5)
+        return out
+
+
+class Backbone(BackboneBase):
+    """A ResNet by name (resnet18, 34, 50 or 101).
+
+    `dilation` keeps layer4 at stride 16 ("DC5"; only 50 and 101 can). `weights` is "imagenet" (torchvision's V1), "none"
+    (random) or the path of a state dict in torchvision's names. `norm` is "frozen" (statistics and affine of the
+    loaded weights, never trained) or "batch": live batch norm and every layer training, for a backbone that starts from
+    nothing.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        train_backbone: bool,
+        return_interm_layers: bool,
+        dilation: bool,
+        weights: str = "imagenet",
+        norm: str = "frozen",
+    ):
+        if name not in BACKBONES:
+            raise ValueError(f"no backbone {name!r}: choose one of {', '.join(BACKBONES)}")
+        if dilation and name in ("resnet18", "resnet34"):
+            raise ValueError(
+                f"{name} cannot be dilated (its blocks have no dilation): use resnet50 or resnet101 for DC5"
+            )
+        if norm not in ("frozen", "batch"):
+            raise ValueError(f"no backbone norm {norm!r}: choose frozen or batch")
+        resnet = getattr(torchvision.models, name)(
+            replace_stride_with_dilation=[False, False, dilation],
+            weights="IMAGENET1K_V1" if weights == "imagenet" else None,
+            norm_layer=FrozenBatchNorm2d if norm == "frozen" else nn.BatchNorm2d,
+        )
+        if weights not in ("imagenet", "none"):
+            load_backbone_weights(resnet, weights)
+        num_channels = 512 if name in ("resnet18", "resnet34") else 2048
+        super().__init__(resnet, train_backbone, num_channels, return_interm_layers)
+        if norm == "batch" and train_backbone:
+            self.body.requires_grad_(True)
+
+
+def load_backbone_weights(resnet: nn.Module, path: str) -> None:
+    """Load the entries of a state dict file that fit `resnet` by name and shape, and log those that do not.
+
+    A norm whose convolution is missing from the file is left as it was made: its statistics belong to the weights that
+    are not there. Raises FileNotFoundError, or ValueError if nothing fits.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"backbone weights {path!r}: no such file; give a path, 'imagenet' or 'none'")
+    loaded = torch.load(path, map_location="cpu", weights_only=True)
+    own = resnet.state_dict()
+    fits = {name: value for name, value in loaded.items() if name in own and own[name].shape == value.shape}
+    for name in list(fits):
+        convolution = name.rsplit(".", 1)[0].replace("bn", "conv") + ".weight"
+        if "bn" in name and convolution not in fits:
+            del fits[name]
+    missing = [name for name in own if name not in fits and not name.startswith("fc.")]
+    if len(missing) == sum(not name.startswith("fc.") for name in own):
+        raise ValueError(f"backbone weights {path!r}: no entry fits this ResNet by name and shape")
+    resnet.load_state_dict(fits, strict=False)
+    logger.info(
+        f"backbone weights {path}: {len(fits)} entries loaded"
+        + (f"; left as initialised: {', '.join(missing)}" if missing else "")
+    )
+
+
+class Joiner(nn.Sequential):
+    """The backbone and the position encoding of its features, as one module."""
+
+    def __init__(self, backbone: nn.Module, position_embedding: nn.Module):
+        super().__init__(backbone, position_embedding)
+        self.num_channels = backbone.num_channels
+
+    def forward(self, tensor_list: NestedTensor) -> tuple[list[NestedTensor], list[Tensor]]:
+        """Images -> the feature maps, finest first, and their position encodings [B, C, h, w]."""
+        features: list[NestedTensor] = []
+        positions: list[Tensor] = []
+        for _, feature in self[0](tensor_list).items():
+            features.append(feature)
+            positions.append(self[1](feature).to(feature.tensors.dtype))
+        return features, positions

@@ -1,0 +1,102 @@
+"""The network, and how its predictions are read out.
+
+Shapes: B images, Q queries, C hidden width, K classes (the extra last one is "no object"), L decoder layers, H x W pixels.
+Boxes are cxcywh in 0..1 of the unpadded image in the network's outputs, and x0, y0, x1, y1 in pixels after PostProcess.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from models.criterion import SetCriterion
+from util.box_ops import box_cxcywh_to_xyxy
+from util.nested_tensor import NestedTensor, nested_tensor_from_tensor_list
+
+__all__ = ["DETR", "MLP", "PostProcess", "SetCriterion"]
+
+
+class DETR(nn.Module):
+    """Backbone, transformer, and two heads on each of `num_queries` decoder outputs (paper, section 3.2).
+
+    `num_queries` is the most objects the model can find in one image. With `aux_loss`, the outputs of the earlier
+    decoder layers are returned as well, for the loss to train. `num_classes` is K, the largest class id + 1.
+    """
+
+    def __init__(
+        self, backbone: nn.Module, transformer: nn.Module, num_classes: int, num_queries: int, aux_loss: bool = False
+    ):
+        super().__init__()
+        hidden_dim = transformer.d_model
+        self.num_queries = num_queries
+        self.transformer = transformer
+        self.class_embed = nn.Linear(hidden_dim, num_classes + 1)
+        self.bbox_embed = MLP(hidden_dim, hidden_dim, 4, 3)
+        self.query_embed = nn.Embedding(num_queries, hidden_dim)
+        self.input_proj = nn.Conv2d(backbone.num_channels, hidden_dim, kernel_size=1)
+        self.backbone = backbone
+        self.aux_loss = aux_loss
+
+    def forward(self, samples: NestedTensor) -> dict[str, Tensor]:
+        """Detect objects.
+
+        `samples` is a NestedTensor, a list of images [3, h, w] or a batch [B, 3, H, W]: raw uint8 RGB, or floating and
+        already normalised. Returns `pred_logits` [B, Q, K+1], `pred_boxes` [B, Q, 4] and, with `aux_loss`,
+        `aux_outputs`: a list of the same two for each earlier decoder layer, the first layer first.
+        """
+        if isinstance(samples, (list, Tensor)):
+            samples = nested_tensor_from_tensor_list(samples)
+        features, positions = self.backbone(samples)
+        src, mask = features[-1].decompose()
+        assert mask is not None, "the backbone returned features without their mask"
+        hs, _ = self.transformer(self.input_proj(src), mask, self.query_embed.weight, positions[-1])
+        logits, boxes = self._heads(hs)
+        out = {"pred_logits": logits[-1], "pred_boxes": boxes[-1]}
+        if not torch.jit.is_scripting():
+            if self.aux_loss:
+                earlier = zip(logits[:-1], boxes[:-1], strict=True)
+                out["aux_outputs"] = [{"pred_logits": a, "pred_boxes": b} for a, b in earlier]
+        return out
+
+    def _heads(self, hs: Tensor) -> tuple[Tensor, Tensor]:
+        """Classes and boxes of decoder outputs [L, B, Q, C], in float32: half precision would round boxes to pixels."""
+        if torch.jit.is_scripting():
+            return self.class_embed(hs), self.bbox_embed(hs).sigmoid()
+        with torch.autocast(hs.device.type, enabled=False):
+            hs = hs.to(self.class_embed.weight.dtype)
+            return self.class_embed(hs), self.bbox_embed(hs).sigmoid()
+
+
+class MLP(nn.Module):
+    """Linear layers with ReLU between them."""
+
+    def __init__(self, input_dim: int, hidden_dim: int, output_dim: int, num_layers: int):
+        super().__init__()
+        widths = [input_dim] + [hidden_dim] * (num_layers - 1) + [output_dim]
+        self.layers = nn.ModuleList([nn.Linear(a, b) for a, b in zip(widths[:-1], widths[1:], strict=True)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., input_dim] -> [..., output_dim]."""
+        for i, layer in enumerate(self.layers):
+            x = layer(x) if i == 0 else layer(x.relu())
+        return x
+
+
+class PostProcess(nn.Module):
+    """Reads detections out of the network's outputs."""
+
+    @torch.no_grad()
+    def forward(self, outputs: dict[str, Tensor], target_sizes: Tensor) -> list[dict[str, Tensor]]:
+        """Give each query its best class other than "no object", and its box in pixels.
+
+        `target_sizes` [B, 2] holds (height, width): the original sizes for COCO's AP, the padded-free input sizes for
+        drawing on the input. Returns for each image `scores` [Q], `labels` [Q], `boxes` [Q, 4] (x0, y0, x1, y1).
+        """
+        logits, boxes = outputs["pred_logits"], outputs["pred_boxes"]
+        if target_sizes.shape != (len(logits), 2):
+            raise ValueError(
+                f"expected a (height, width) for each of {len(logits)} images, got {list(target_sizes.shape)}"
+            )
+        scores, labels = logits.softmax(-1)[..., :-1].max(-1)
+        height, width = target_sizes.to(boxes.device).unbind(1)
+        scale = torch.stack([width, height, width, height], dim=1)
+        boxes = box_cxcywh_to_xyxy(boxes) * scale[:, None]
+        return [{"scores": s, "labels": c, "boxes": b} for s, c, b in zip(scores, labels, boxes, strict=True)]

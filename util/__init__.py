@@ -1,0 +1,1 @@
+"""What models, datasets and the engine share: boxes, batches, processes, logs, checkpoints, plots."""

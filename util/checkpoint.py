@@ -1,0 +1,137 @@
+"""Saving and restoring a run: files that appear whole, and load without running anything that is in them."""
+
+import argparse
+import os
+import pickle
+import platform
+import random
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from util.logger import logger
+
+# Beside tensors and plain Python, the only thing DETR's published files hold.
+ALLOWED = [argparse.Namespace]
+
+
+def save_checkpoint(state: dict, *paths: str | Path) -> None:
+    """Write a state to one or more files, each of which holds the old state or the new one at any moment.
+
+    The bytes go to a temporary name in the same folder, are flushed to the disk, and renamed.
+    """
+    for path in map(Path, paths):
+        handle, draft = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        try:
+            with os.fdopen(handle, "wb") as file:
+                torch.save(state, file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.chmod(draft, 0o644)
+            os.replace(draft, path)
+        except BaseException:
+            Path(draft).unlink(missing_ok=True)
+            raise
+
+
+def load_checkpoint(path_or_url: str | Path) -> dict[str, Any]:
+    """Read a checkpoint onto the CPU. Only tensors, plain Python and an argparse Namespace are accepted from the file.
+
+    A URL is downloaded once and kept in torch.hub's cache; a hash in its name is checked. Raises FileNotFoundError, or
+    ValueError naming a file that is broken, holds anything else, or has no `model` in it.
+    """
+    name = str(path_or_url)
+    path = _download(name) if name.startswith(("http://", "https://")) else name
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{name}: no such checkpoint")
+    try:
+        with torch.serialization.safe_globals(ALLOWED):
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"{name}: refused, since it holds more than tensors and plain Python ({_first_line(error)})"
+        ) from None
+    except (RuntimeError, EOFError, OSError) as error:
+        raise ValueError(f"{name}: not a readable checkpoint ({_first_line(error)})") from None
+    if not isinstance(state, dict) or "model" not in state:
+        raise ValueError(f"{name}: no entry 'model' in it; a checkpoint of this project or of DETR has one")
+    return state
+
+
+def load_model(model: torch.nn.Module, state: dict, name: str) -> None:
+    """Load `state["model"]` strictly; ValueError says what does not fit."""
+    own, given = model.state_dict(), state["model"]
+    problems = [f"no {key}" for key in own if key not in given] + [
+        f"unexpected {key}" for key in given if key not in own
+    ]
+    problems += [
+        f"{key} is {list(given[key].shape)}, the model has {list(own[key].shape)}"
+        for key in own
+        if key in given and given[key].shape != own[key].shape
+    ]
+    if problems:
+        shown = "; ".join(problems[:5]) + ("; ..." if len(problems) > 5 else "")
+        raise ValueError(
+            f"{name} does not fit this model ({len(problems)} entries): {shown}. Check the model's flags and --num_classes"
+        )
+    model.load_state_dict(given)
+
+
+def newest_checkpoint(folder: str | Path) -> Path | None:
+    """Return the newest `checkpoint*.pth` of a folder that loads, saying which ones had to be passed over; None if none."""
+    files = [path for path in Path(folder).glob("checkpoint*.pth") if path.name != "checkpoint_best.pth"]
+    for path in sorted(files, key=lambda path: path.stat().st_mtime, reverse=True):
+        try:
+            load_checkpoint(path)
+        except ValueError as error:
+            logger.warning(f"passing over a broken checkpoint: {error}")
+        else:
+            return path
+    return None
+
+
+def _download(url: str) -> str:
+    target = Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[-1]
+    if not target.exists():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        digest = torch.hub.HASH_REGEX.search(target.name)
+        try:
+            torch.hub.download_url_to_file(url, str(target), digest.group(1) if digest else None)
+        except (OSError, RuntimeError) as error:
+            raise OSError(
+                f"{url} could not be downloaded ({error}). Fetch it by other means and give the local file"
+            ) from error
+    return str(target)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0]
+
+
+def rng_state() -> dict:
+    """State of this process's generators, as tensors and plain Python."""
+    kind, keys, *rest = np.random.get_state()
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
+        "numpy": [kind, keys.tolist(), *rest],
+        "python": random.getstate(),
+    }
+
+
+def restore_rng(state: dict) -> None:
+    """Put this process's generators where `rng_state` found them."""
+    torch.set_rng_state(state["torch"])
+    if state["cuda"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
+    np.random.set_state(tuple(state["numpy"]))
+    version, words, rest = state["python"]
+    random.setstate((version, tuple(words), rest))
+
+
+def versions() -> dict[str, str]:
+    """What wrote the file."""
+    return {"python": platform.python_version(), "torch": str(torch.__version__)}

@@ -1,0 +1,74 @@
+"""A batch of images of different sizes: one padded tensor, and a mask that is True on the padding."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class NestedTensor:
+    """Images [B, C, H, W] padded at the right and bottom, and their mask [B, H, W] (True = padding).
+
+    The same pair carries feature maps through the backbone. Plain enough for TorchScript, which compiles it.
+    """
+
+    def __init__(self, tensors: Tensor, mask: Tensor | None):
+        self.tensors = tensors
+        self.mask = mask
+
+    def to(self, device: torch.device, non_blocking: bool = False) -> "NestedTensor":
+        """Copy both tensors to a device."""
+        mask = self.mask
+        if mask is not None:
+            mask = mask.to(device, non_blocking=non_blocking)
+        return NestedTensor(self.tensors.to(device, non_blocking=non_blocking), mask)
+
+    def pin_memory(self) -> "NestedTensor":
+        """Copy both tensors to page-locked memory (a DataLoader with `pin_memory=True` calls this)."""
+        mask = self.mask
+        if mask is not None:
+            mask = mask.pin_memory()
+        return NestedTensor(self.tensors.pin_memory(), mask)
+
+    def decompose(self) -> tuple[Tensor, Tensor | None]:
+        """Return the pair (tensors, mask)."""
+        return self.tensors, self.mask
+
+    def __repr__(self) -> str:
+        return f"NestedTensor({self.tensors.shape})"
+
+
+def nested_tensor_from_tensor_list(tensor_list: list[Tensor]) -> NestedTensor:
+    """Pad images [C, h, w] with zeros to their common height and width.
+
+    Takes a list of 3-D tensors, or (outside TorchScript) a 4-D tensor, whose images need no padding.
+    Raises ValueError if an image is not 3-D.
+    """
+    if not torch.jit.is_scripting():
+        if isinstance(tensor_list, Tensor):
+            images = tensor_list
+            if images.ndim != 4:
+                raise ValueError(f"expected a batch [B, C, H, W] or a list of [C, H, W], got {list(images.shape)}")
+            mask = torch.zeros(
+                (images.shape[0], images.shape[2], images.shape[3]), dtype=torch.bool, device=images.device
+            )
+            return NestedTensor(images, mask)
+    height, width = 0, 0
+    for image in tensor_list:
+        if image.dim() != 3:
+            raise ValueError(f"expected images [C, H, W], got one of {image.dim()} dimensions")
+        height, width = max(height, image.shape[1]), max(width, image.shape[2])
+    padded: list[Tensor] = []
+    masks: list[Tensor] = []
+    for image in tensor_list:
+        h, w = image.shape[1], image.shape[2]
+        padding = [0, width - w, 0, height - h]
+        padded.append(F.pad(image, padding))
+        valid = torch.ones((h, w), dtype=torch.bool, device=image.device)
+        masks.append(~F.pad(valid, padding))
+    return NestedTensor(torch.stack(padded), torch.stack(masks))
+
+
+def collate_fn(batch: list) -> tuple:
+    """Turn a list of (image, target) into (NestedTensor, tuple of targets), as DataLoader wants it."""
+    images, targets = zip(*batch, strict=True)
+    return nested_tensor_from_tensor_list(list(images)), targets

@@ -1,0 +1,110 @@
+"""Curves from what a run leaves behind: `log.txt` and `eval/*.pth`."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
+
+COCO_NUMBERS = "test_coco_eval_bbox"
+
+
+def read_log(folder: str | Path, log_name: str = "log.txt") -> list[dict]:
+    """Read a run's log, one dict for each epoch. A line cut short (a killed run) is left out."""
+    path = Path(folder) / log_name
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such log")
+    rows = []
+    for line in path.read_text().splitlines():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return rows
+
+
+def plot_logs(
+    logs: str | Path | Sequence[str | Path],
+    fields: Sequence[str] = ("class_error", "loss_bbox_unscaled", "mAP"),
+    ewm_col: float = 0,
+    log_name: str = "log.txt",
+):
+    """Draw fields of one run or several over epochs: training solid, evaluation dashed; return (figure, axes).
+
+    `logs` are the runs' output folders. `ewm_col` smooths: each value is averaged with those before it, exponentially,
+    with that centre of mass. The field "mAP" is COCO's AP, "AP50" its AP at IoU 0.5.
+    """
+    folders = [Path(logs)] if isinstance(logs, (str, Path)) else [Path(folder) for folder in logs]
+    figure, axes = plt.subplots(ncols=len(fields), figsize=(5 * len(fields), 4), squeeze=False)
+    for folder, colour in zip(folders, plt.cm.tab10.colors * len(folders), strict=False):
+        rows = read_log(folder, log_name)
+        for field, axis in zip(fields, axes[0], strict=True):
+            for prefix, style in (("train", "-"), ("test", "--")):
+                epochs, values = _series(rows, field, prefix)
+                if values:
+                    axis.plot(epochs, _smooth(values, ewm_col), style, color=colour, label=f"{folder.name} {prefix}")
+    for field, axis in zip(fields, axes[0], strict=True):
+        axis.set(title=field, xlabel="epoch")
+        axis.grid(alpha=0.3)
+        if axis.lines:
+            axis.legend(fontsize="small")
+    figure.tight_layout()
+    return figure, axes[0]
+
+
+def _series(rows: list[dict], field: str, prefix: str) -> tuple[list[int], list[float]]:
+    """Epochs and values of a field, for "train" or "test"; AP belongs to "test"."""
+    coco = {"mAP": 0, "AP50": 1}
+    if field in coco:
+        found = [
+            (row["epoch"], row[COCO_NUMBERS][coco[field]]) for row in rows if COCO_NUMBERS in row and prefix == "test"
+        ]
+    else:
+        found = [(row["epoch"], row[f"{prefix}_{field}"]) for row in rows if f"{prefix}_{field}" in row]
+    return [epoch for epoch, _ in found], [value for _, value in found]
+
+
+def _smooth(values: list[float], centre_of_mass: float) -> np.ndarray:
+    keep = centre_of_mass / (1 + centre_of_mass)
+    total, weight, smoothed = 0.0, 0.0, []
+    for value in values:
+        total, weight = keep * total + value, keep * weight + 1
+        smoothed.append(total / weight)
+    return np.array(smoothed)
+
+
+def draw_curves(output_dir: str | Path) -> None:
+    """Write `curves.png` beside a run's `log.txt`: losses, class error and AP so far."""
+    figure, _ = plot_logs(output_dir, ("loss", "loss_ce", "loss_bbox", "loss_giou", "class_error", "mAP", "AP50"))
+    figure.savefig(Path(output_dir) / "curves.png", dpi=80)
+    plt.close(figure)
+
+
+def plot_precision_recall(files: Sequence[str | Path], naming_scheme: str = "iter") -> tuple[Figure, np.ndarray]:
+    """Draw precision and score over recall at IoU 0.5, from files of `eval/`; return (figure, axes).
+
+    Curves are averaged over classes, for all areas and 100 detections. They are named after the file ("iter") or after
+    the run's folder ("exp_id").
+    """
+    if naming_scheme not in ("iter", "exp_id"):
+        raise ValueError(f"no naming scheme {naming_scheme!r}: choose iter or exp_id")
+    figure, axes = plt.subplots(ncols=2, figsize=(12, 4))
+    for file in map(Path, files):
+        data = torch.load(file, weights_only=True)
+        precision, scores = (data[name][0, :, :, 0, -1].numpy() for name in ("precision", "scores"))
+        known = (precision > -1).all(0)  # -1 marks classes without objects
+        name = file.stem if naming_scheme == "iter" else file.parents[1].name
+        mean = precision[:, known].mean()
+        for axis, curve in zip(axes, (precision, scores), strict=True):
+            axis.plot(
+                data["recall_thresholds"].numpy(), curve[:, known].mean(1), label=f"{name}: AP50 {100 * mean:.1f}"
+            )
+    for axis, title in zip(axes, ("precision", "score"), strict=True):
+        axis.set(title=f"{title} over recall, IoU 0.5", xlabel="recall", ylim=(0, 1.02))
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize="small")
+    figure.tight_layout()
+    return figure, axes
