@@ -131,7 +131,7 @@ def autocast(device: torch.device, amp: str | None) -> torch.autocast:
 def loss_values(losses: dict[str, Tensor], weight_dict: dict[str, float]) -> dict[str, float]:
     """Bring the losses to the CPU, in one copy, as the numbers the log shows.
 
-    `loss` is the weighted sum, `loss_ce` and so on its weighted parts, `*_unscaled` everything as the criterion gave it.
+    `loss` is the weighted sum, `loss_ce` and so on its weighted parts, `*_unscaled` all values as they were given.
     """
     numbers = torch.stack([value.detach().float() for value in losses.values()]).tolist()
     raw = dict(zip(losses, numbers, strict=True))

@@ -39,6 +39,7 @@ from util.nested_tensor import collate_fn
 from util.plot_utils import draw_curves
 
 
+# fmt: off
 def get_args_parser() -> argparse.ArgumentParser:
     """Declare every flag. The defaults are the published recipe; new flags deviate from nothing unless given."""
     new = {**models.NEW_FLAGS, **datasets.NEW_FLAGS}
@@ -58,19 +59,12 @@ def get_args_parser() -> argparse.ArgumentParser:
     add = _group(parser, "backbone")
     add("--backbone", default="resnet50", type=str, help="resnet18, resnet34, resnet50 or resnet101")
     add("--dilation", action="store_true", help="stride 16 instead of 32 in the last stage (DC5; resnet50 and 101)")
-    add("--position_embedding", default="sine", type=str, choices=("sine", "learned"), help="kind of position encoding")
-    add(
-        "--backbone_weights",
-        default=new["backbone_weights"],
-        metavar="imagenet|none|PATH",
-        help="torchvision's ImageNet V1 weights, random ones, or a state dict in torchvision's names",
-    )
-    add(
-        "--backbone_norm",
-        default=new["backbone_norm"],
-        choices=("frozen", "batch"),
-        help="frozen: statistics and affine stay as loaded; batch: live, and stem and layer1 train too (from scratch)",
-    )
+    add("--position_embedding", default="sine", type=str, choices=("sine", "learned"),
+        help="kind of position encoding")
+    add("--backbone_weights", default=new["backbone_weights"], metavar="imagenet|none|PATH",
+        help="torchvision's ImageNet V1 weights, random ones, or a state dict in torchvision's names")
+    add("--backbone_norm", default=new["backbone_norm"], choices=("frozen", "batch"),
+        help="frozen: statistics and affine stay as loaded; batch: live, and stem and layer1 train too (from scratch)")
 
     add = _group(parser, "transformer")
     add("--enc_layers", default=6, type=int, help="encoder layers")
@@ -81,12 +75,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--nheads", default=8, type=int, help="attention heads")
     add("--num_queries", default=100, type=int, help="object queries: the most objects found in an image")
     add("--pre_norm", action="store_true", help="normalise before each sublayer instead of after it")
-    add(
-        "--num_classes",
-        default=new["num_classes"],
-        type=int,
-        help="largest class id + 1; default: from the annotations",
-    )
+    add("--num_classes", default=new["num_classes"], type=int,
+        help="largest class id + 1; default: from the annotations")
 
     add = _group(parser, "segmentation")
     add("--masks", action="store_true", help="train the mask head")
@@ -105,18 +95,15 @@ def get_args_parser() -> argparse.ArgumentParser:
 
     add = _group(parser, "data")
     add("--dataset_file", default="coco", help=f"one of: {', '.join(datasets.DATASETS)}")
-    add("--coco_path", type=str, help="folder with train2017/, val2017/ and annotations/ (shapes: where to write them)")
+    add("--coco_path", type=str,
+        help="folder with train2017/, val2017/ and annotations/ (shapes: where to write them)")
     add("--coco_panoptic_path", type=str, help="folder with COCO's panoptic annotations")
     add("--remove_difficult", action="store_true", help="accepted for old scripts; has never had an effect")
     for part in ("train", "val"):
         add(f"--{part}_images", help=f"folder of the {part} images, where the layout is not COCO's")
         add(f"--{part}_annotations", help=f"COCO instances file of the {part} images")
-    add(
-        "--min_size",
-        default=new["min_size"],
-        type=int,
-        help="shortest side at evaluation; all training sizes scale with it",
-    )
+    add("--min_size", default=new["min_size"], type=int,
+        help="shortest side at evaluation; all training sizes scale with it")
     add("--max_size", default=new["max_size"], type=int, help="most pixels of the longest side")
     add("--shapes_train", default=new["shapes_train"], type=int, help="generated training images")
     add("--shapes_val", default=new["shapes_val"], type=int, help="generated validation images")
@@ -128,39 +115,26 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--output_dir", default="", help="where checkpoints, logs and pictures go; empty: nowhere")
     add("--device", default="cuda", help="device to run on; without a GPU the CPU is used")
     add("--seed", default=42, type=int, help="seed of weights, data order and augmentation")
-    add(
-        "--resume",
-        default="",
-        help="checkpoint to go on from (file or URL), or auto: the newest in --output_dir, if any",
-    )
+    add("--resume", default="",
+        help="checkpoint to go on from (file or URL), or auto: the newest in --output_dir, if any")
     add("--start_epoch", default=0, type=int, metavar="N", help="first epoch; a resumed run knows its own")
     add("--eval", action="store_true", help="evaluate only")
     add("--eval_every", default=1, type=int, help="evaluate after every so many epochs, and after the last")
-    add(
-        "--eval_padding_free",
-        action="store_true",
-        help="batch only images of equal size at evaluation: batch size cannot matter",
-    )
-    add(
-        "--coco_eval",
-        default="auto",
-        choices=("auto", "faster", "pycocotools"),
-        help="AP by faster-coco-eval or pycocotools (the same numbers); auto: the faster one where installed",
-    )
+    add("--eval_padding_free", action="store_true",
+        help="batch only images of equal size at evaluation: batch size cannot matter")
+    add("--coco_eval", default="auto", choices=("auto", "faster", "pycocotools"),
+        help="AP by faster-coco-eval or pycocotools (the same numbers); auto: the faster one where installed")
     add("--print_freq", default=10, type=int, help="steps between log lines")
     add("--num_workers", default=2, type=int, help="data loading processes, per training process")
 
     add = _group(parser, "distributed")
-    add(
-        "--world_size",
-        default=1,
-        type=int,
-        help="accepted for old scripts; the launcher says how many processes there are",
-    )
+    add("--world_size", default=1, type=int,
+        help="accepted for old scripts; the launcher says how many processes there are")
     add("--dist_url", default="env://", help="where processes meet")
     return parser
 
 
+# fmt: on
 def _group(parser: argparse.ArgumentParser, title: str):
     return parser.add_argument_group(title).add_argument
 
@@ -180,7 +154,7 @@ def check_flags(args) -> None:
         (args.max_size < args.min_size, f"--max_size {args.max_size} is below --min_size {args.min_size}"),
         (args.resume == "auto" and not args.output_dir, "--resume auto looks in --output_dir: give one"),
         (args.eval and args.frozen_weights, "--eval takes a whole model: use --resume, not --frozen_weights"),
-        (args.backbone_norm == "batch" and not args.lr_backbone, "--backbone_norm batch trains the backbone: --lr_backbone is 0"),
+        (args.backbone_norm == "batch" and not args.lr_backbone, "--backbone_norm batch trains: --lr_backbone is 0"),
     ]  # fmt: skip
     for wrong, why in refusals:
         if wrong:
@@ -208,7 +182,7 @@ class Run:
             "lr_scheduler": self.lr_scheduler.state_dict(),
             "scaler": self.scaler.state_dict(),
             "epoch": self.epoch - 1,
-            "args": {name: str(value) if isinstance(value, Path) else value for name, value in vars(self.args).items()},
+            "args": vars(self.args),
             "class_names": self.class_names,
             "best": self.best,
             "rng": all_gather(rng_state()),
@@ -296,7 +270,7 @@ def main(args) -> None:
 
 
 def build_parts(args, device: torch.device, resume: str | Path | None) -> tuple:
-    """Build model, criterion and post-processors on the device; with `resume`, load its weights and return its state."""
+    """Build model, criterion and post-processors on the device; with `resume`, load its weights, return its state."""
     checkpoint = load_checkpoint(resume) if resume else None
     # A checkpoint holds the backbone too: nothing is downloaded to be overwritten.
     weights = "none" if checkpoint else args.backbone_weights
@@ -320,7 +294,7 @@ def build_run(args, model: nn.Module, train_set: Dataset) -> Run:
         {"params": [p for name, p in named if "backbone" not in name]},
         {"params": [p for name, p in named if "backbone" in name], "lr": args.lr_backbone},
     ]
-    optimizer = torch.optim.AdamW(groups, lr=args.lr, weight_decay=args.weight_decay)
+    optimizer = torch.optim.AdamW(groups, lr=args.lr, weight_decay=args.weight_decay, fused=True)
     lr_scheduler = torch.optim.lr_scheduler.StepLR(optimizer, args.lr_drop)
     scaler = torch.amp.GradScaler(enabled=args.amp == "fp16")
     return Run(model, optimizer, lr_scheduler, scaler, args, train_set.class_names, args.start_epoch)
@@ -385,4 +359,7 @@ def leave_behind(output_dir: Path, run: Run, log: dict, evaluator: CocoEvaluator
 
 
 if __name__ == "__main__":
-    main(argparse.ArgumentParser("DETR training and evaluation", parents=[get_args_parser()]).parse_args())
+    parser = argparse.ArgumentParser(
+        description=__doc__, parents=[get_args_parser()], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    main(parser.parse_args())

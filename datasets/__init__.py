@@ -17,7 +17,7 @@ NEW_FLAGS = {
     "val_annotations": None,
     "shapes_train": 4000,
     "shapes_val": 250,
-    "shapes_size": 256,
+    "shapes_size": 192,
     "shapes_classes": 4,
     "shapes_seed": 0,
 }

@@ -35,7 +35,7 @@ class CocoEvaluator:
         self.results: dict[int, dict[str, np.ndarray]] = {}  # by image id
 
     def update(self, predictions: dict[int, dict[str, Tensor]]) -> None:
-        """Add results by image id, as PostProcess gives them: `scores`, `labels`, `boxes` (x0, y0, x1, y1 in pixels)."""
+        """Add results by image id, as PostProcess gives them: `scores`, `labels`, `boxes` (x0 y0 x1 y1 in pixels)."""
         for image_id, result in predictions.items():
             boxes = result["boxes"].detach().float().cpu()
             boxes = box_xyxy_to_cxcywh(boxes)

@@ -193,7 +193,8 @@ def check_classes(index: CocoIndex, num_classes: int) -> None:
     """
     owner_of = np.repeat(index.image_ids, np.diff(index.first))
     beyond = index.labels >= num_classes
-    what = f"annotations of classes outside 0..{num_classes - 1} (--num_classes must be at least {index.labels.max(initial=0) + 1})"
+    needed = index.labels.max(initial=0) + 1
+    what = f"annotations of classes outside 0..{num_classes - 1} (--num_classes must be at least {needed})"
     report(index.path, [(what, _culprits(owner_of, beyond, index.labels, "category"))])
 
 

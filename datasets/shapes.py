@@ -29,7 +29,7 @@ def build(
     image_set: str,
     root: str | Path | None,
     counts: dict[str, int],
-    image_size: int = 256,
+    image_size: int = 192,
     classes: int = 4,
     scene_seed: int = 0,
     **options,
@@ -46,7 +46,7 @@ def build(
     return coco.build(image_set, root, **options)
 
 
-def generate(root: str | Path, counts: dict[str, int], image_size: int = 256, classes: int = 4, seed: int = 0) -> None:
+def generate(root: str | Path, counts: dict[str, int], image_size: int = 192, classes: int = 4, seed: int = 0) -> None:
     """Write the dataset in COCO's layout, unless `root` exists; it appears whole or not at all.
 
     Raises ValueError if there are not that many classes of shapes.
@@ -114,7 +114,7 @@ def draw_scene(rng: np.random.Generator, image_size: int, classes: int) -> tuple
     ids[rows / height < horizon] = 2
     if rng.random() < VOID:
         ids[_outline(rng, "circle", height, width, 0.35) > 0.5] = 0
-    pixels = rng.uniform(30, 225, (3, 3))[ids]
+    pixels = rng.uniform(30, 225, (3, 3)).astype(np.float32)[ids]
     pixels += (rows / height * rng.uniform(-40, 40) + columns / width * rng.uniform(-40, 40))[..., None]
     pixels[ids == 0] = rng.uniform(0, 255, ((ids == 0).sum(), 1))  # grey noise, unlike any object
 
@@ -124,17 +124,18 @@ def draw_scene(rng: np.random.Generator, image_size: int, classes: int) -> tuple
     if crowded:
         labels[3] = int(rng.integers(1, classes + 1))
         _place_crowd(rng, pixels, ids, THINGS[labels[3] - 1])
-    whole = dict(zip(*np.unique(ids, return_counts=True), strict=True))
+    whole = {3: int((ids == 3).sum())}  # pixels of each object when nothing hides it
     for _ in range(6 * wanted):  # tries: an object that would hide too much of another is not placed
         if len(labels) == wanted + 2:
             break
         label, segment = int(rng.integers(1, classes + 1)), len(labels) + 1
         cover = _outline(rng, THINGS[label - 1], height, width, float(np.exp(rng.uniform(*np.log((0.12, 0.6))))))
-        left = np.bincount(ids[cover <= 0.5], minlength=segment)
-        if all(left[i] >= (1 - LARGEST_HIDDEN) * whole[i] for i in range(3, segment)):
+        hidden = np.bincount(ids[cover > 0.5], minlength=segment)
+        now = np.bincount(ids.ravel(), minlength=segment)
+        if all(now[i] - hidden[i] >= (1 - LARGEST_HIDDEN) * whole[i] for i in range(3, segment)):
             _paint(rng, pixels, ids, cover, segment)
-            labels[segment], whole[segment] = label, int((cover > 0.5).sum())
-    pixels += rng.normal(0, 6, pixels.shape)
+            labels[segment], whole[segment] = label, int(hidden.sum())
+    pixels += 6 * rng.standard_normal(pixels.shape, dtype=np.float32)
     return pixels.clip(0, 255).astype(np.uint8), ids, _records(ids, labels, crowd=3 if crowded else None)
 
 
@@ -174,11 +175,15 @@ def _outline(rng: np.random.Generator, name: str, height: int, width: int, exten
 
 def _paint(rng: np.random.Generator, pixels: np.ndarray, ids: np.ndarray, cover: np.ndarray, segment: int) -> None:
     """Colour a shape so that it stands out from what it covers, and enter it in the map."""
-    inside = cover > 0.5
-    below = pixels[inside].mean(0) if inside.any() else np.zeros(3)
+    if cover.max() <= 0.5:  # thinner than a pixel
+        return
+    rows, columns = cover.any(1).nonzero()[0], cover.any(0).nonzero()[0]
+    part = np.s_[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+    pixels, ids, cover = pixels[part], ids[part], cover[part]
+    below = pixels[cover > 0.5].mean(0)
     colour = max(rng.uniform(0, 255, (3, 3)), key=lambda candidate: np.abs(candidate - below).sum())
-    pixels += cover[..., None] * (colour - pixels)
-    ids[inside] = segment
+    pixels += cover[..., None] * (colour.astype(np.float32) - pixels)
+    ids[cover > 0.5] = segment
 
 
 def _place_crowd(rng: np.random.Generator, pixels: np.ndarray, ids: np.ndarray, name: str) -> None:

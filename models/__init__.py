@@ -18,7 +18,7 @@ def build_model(args) -> tuple[nn.Module, SetCriterion, dict[str, nn.Module]]:
     """Build what the flags describe: the model, the criterion, and the post-processors by name.
 
     `args` is any object with the model's flags as attributes: a Namespace of `main.get_args_parser()`, one found in a
-    checkpoint, a class of your own. Without `num_classes` there are 250 for coco_panoptic and 91 otherwise (COCO's ids).
+    checkpoint, a class of your own. `num_classes` defaults to 250 for coco_panoptic and to COCO's 91 otherwise.
     """
     new = {name: getattr(args, name, default) for name, default in NEW_FLAGS.items()}
     num_classes = new["num_classes"] or (250 if args.dataset_file == "coco_panoptic" else 91)

@@ -37,7 +37,7 @@ class BackboneBase(nn.Module):
     """Wraps a torchvision-style ResNet: normalises raw pixels, returns features with masks of their size.
 
     Of `backbone`, layer2 to layer4 train when `train_backbone` is true; the stem and layer1 never do. The features are
-    layer4's, with stride 32 (16 if dilated) and `num_channels` channels, or all four layers' with `return_interm_layers`.
+    layer4's, `num_channels` at stride 32 (16 if dilated), or those of all four layers with `return_interm_layers`.
     """
 
     def __init__(self, backbone: nn.Module, train_backbone: bool, num_channels: int, return_interm_layers: bool):
@@ -73,10 +73,9 @@ class BackboneBase(nn.Module):
 class Backbone(BackboneBase):
     """A ResNet by name (resnet18, 34, 50 or 101).
 
-    `dilation` keeps layer4 at stride 16 ("DC5"; only 50 and 101 can). `weights` is "imagenet" (torchvision's V1), "none"
-    (random) or the path of a state dict in torchvision's names. `norm` is "frozen" (statistics and affine of the
-    loaded weights, never trained) or "batch": live batch norm and every layer training, for a backbone that starts from
-    nothing.
+    `dilation` keeps layer4 at stride 16 ("DC5"; only 50 and 101 can). `weights` is "imagenet" (torchvision's V1),
+    "none" (random) or the path of a state dict in torchvision's names. `norm` is "frozen" (statistics and affine of
+    the loaded weights, never trained) or "batch": live batch norm, and every layer trains, for a start from nothing.
     """
 
     def __init__(

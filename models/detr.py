@@ -1,7 +1,8 @@
 """The network, and how its predictions are read out.
 
-Shapes: B images, Q queries, C hidden width, K classes (the extra last one is "no object"), L decoder layers, H x W pixels.
-Boxes are cxcywh in 0..1 of the unpadded image in the network's outputs, and x0, y0, x1, y1 in pixels after PostProcess.
+Shapes: B images, Q queries, C hidden width, K classes (the extra last one is "no object"), L decoder layers, H x W
+pixels. Boxes are cxcywh in 0..1 of the unpadded image in the network's outputs, and x0 y0 x1 y1 in pixels after
+PostProcess.
 """
 
 import torch

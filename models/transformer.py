@@ -1,6 +1,6 @@
 """The transformer of DETR: positions enter every attention, and every decoder layer's output is kept.
 
-Shapes: B images, N = h * w feature cells, Q object queries, C = d_model, L decoder layers. Inside, the batch comes first.
+Shapes: B images, N = h * w feature cells, Q object queries, C = d_model, L decoder layers. The batch comes first.
 
 Attention goes through PyTorch's fused kernels, which do not give the attention weights. Whoever wants them registers a
 forward hook on the attention module, say `model.transformer.decoder.layers[-1].multihead_attn`: while a hook is there

@@ -75,13 +75,14 @@ def load_model(model: torch.nn.Module, state: dict, name: str) -> None:
     if problems:
         shown = "; ".join(problems[:5]) + ("; ..." if len(problems) > 5 else "")
         raise ValueError(
-            f"{name} does not fit this model ({len(problems)} entries): {shown}. Check the model's flags and --num_classes"
+            f"{name} does not fit this model ({len(problems)} entries): {shown}. "
+            "Check the model's flags and --num_classes"
         )
     model.load_state_dict(given)
 
 
 def newest_checkpoint(folder: str | Path) -> Path | None:
-    """Return the newest `checkpoint*.pth` of a folder that loads, saying which ones had to be passed over; None if none."""
+    """Return the newest `checkpoint*.pth` of a folder that loads, or None; say which ones were passed over."""
     files = [path for path in Path(folder).glob("checkpoint*.pth") if path.name != "checkpoint_best.pth"]
     for path in sorted(files, key=lambda path: path.stat().st_mtime, reverse=True):
         try:

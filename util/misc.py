@@ -41,7 +41,7 @@ __all__ = [
 
 
 def init_distributed_mode(args) -> None:
-    """Join the process group and note the outcome on `args`, as old scripts expect (`distributed`, `rank`, `gpu`...)."""
+    """Join the process group and note the outcome on `args` (`distributed`, `rank`, `gpu`), as old scripts expect."""
     info = dist.init_distributed_mode(getattr(args, "device", "cuda"), getattr(args, "dist_url", "env://"))
     args.distributed, args.rank, args.world_size, args.gpu = (
         info.distributed,
