@@ -5,7 +5,6 @@ import pytest
 import torch
 from torch import nn
 
-import engine
 from engine import evaluate, train_one_epoch
 from models import build_model
 from tests.conftest import parse
