@@ -33,6 +33,7 @@ from util.checkpoint import (
     versions,
 )
 from util.dist import all_gather, get_rank, get_world_size, init_distributed_mode, is_main_process, pick_device
+from util.finetune import finetune
 from util.logger import logger
 from util.misc import get_sha
 from util.nested_tensor import collate_fn
@@ -117,6 +118,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--seed", default=42, type=int, help="seed of weights, data order and augmentation")
     add("--resume", default="",
         help="checkpoint to go on from (file or URL), or auto: the newest in --output_dir, if any")
+    add("--finetune", default="", metavar="FILE_OR_URL",
+        help="checkpoint to begin from: its weights where they fit, epoch 0, a new optimizer")
     add("--start_epoch", default=0, type=int, metavar="N", help="first epoch; a resumed run knows its own")
     add("--eval", action="store_true", help="evaluate only")
     add("--eval_every", default=1, type=int, help="evaluate after every so many epochs, and after the last")
@@ -153,6 +156,9 @@ def check_flags(args) -> None:
         (args.lr_drop < 1, f"--lr_drop {args.lr_drop}: at least 1"),
         (args.max_size < args.min_size, f"--max_size {args.max_size} is below --min_size {args.min_size}"),
         (args.resume == "auto" and not args.output_dir, "--resume auto looks in --output_dir: give one"),
+        (args.finetune and args.resume not in ("", "auto"), "--finetune begins a run, --resume goes on: choose one"),
+        (args.finetune and args.frozen_weights, "--finetune and --frozen_weights both bring weights: choose one"),
+        (args.finetune and args.eval, "--finetune is for training; --eval takes a whole model: use --resume"),
         (args.eval and args.frozen_weights, "--eval takes a whole model: use --resume, not --frozen_weights"),
         (args.backbone_norm == "batch" and not args.lr_backbone, "--backbone_norm batch trains: --lr_backbone is 0"),
     ]  # fmt: skip
@@ -272,13 +278,17 @@ def main(args) -> None:
 def build_parts(args, device: torch.device, resume: str | Path | None) -> tuple:
     """Build model, criterion and post-processors on the device; with `resume`, load its weights, return its state."""
     checkpoint = load_checkpoint(resume) if resume else None
+    # A run that goes on has its own weights already: what it was begun from no longer matters.
+    origin = load_checkpoint(args.finetune) if args.finetune and not checkpoint else None
     # A checkpoint holds the backbone too: nothing is downloaded to be overwritten.
-    weights = "none" if checkpoint else args.backbone_weights
+    weights = "none" if checkpoint or origin else args.backbone_weights
     parts = argparse.Namespace(**{**vars(args), "backbone_weights": weights, "device": str(device)})
     model, criterion, postprocessors = build_model(parts)
     if checkpoint:
         load_model(model, checkpoint, str(resume))
         logger.info(f"weights from {resume}")
+    elif origin:
+        logger.info("\n  ".join(finetune(model, origin["model"], args.finetune)))
     elif args.eval:
         logger.warning("evaluating a model that was never trained: --resume names its checkpoint")
     model.to(device)

@@ -5,6 +5,7 @@ import os
 import pickle
 import platform
 import random
+import socket
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from util.logger import logger
 
 # Beside tensors and plain Python, the only thing DETR's published files hold.
 ALLOWED = [argparse.Namespace]
+SILENCE = 30  # seconds after which an address that says nothing is given up
 
 
 def save_checkpoint(state: dict, *paths: str | Path) -> None:
@@ -99,12 +101,16 @@ def _download(url: str) -> str:
     if not target.exists():
         target.parent.mkdir(parents=True, exist_ok=True)
         digest = torch.hub.HASH_REGEX.search(target.name)
+        patience = socket.getdefaulttimeout()
+        socket.setdefaulttimeout(SILENCE)  # torch.hub itself would wait for ever
         try:
             torch.hub.download_url_to_file(url, str(target), digest.group(1) if digest else None)
         except (OSError, RuntimeError) as error:
             raise OSError(
                 f"{url} could not be downloaded ({error}). Fetch it by other means and give the local file"
             ) from error
+        finally:
+            socket.setdefaulttimeout(patience)
     return str(target)
 
 
