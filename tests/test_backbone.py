@@ -25,7 +25,9 @@ def test_dilation_halves_the_stride_and_small_resnets_refuse_it():
         Backbone("vgg16", True, False, False, weights="none")
 
 
-@pytest.mark.parametrize("train, norm, trained", [(True, "frozen", "layer"), (False, "frozen", None), (True, "batch", "")])
+@pytest.mark.parametrize(
+    "train, norm, trained", [(True, "frozen", "layer"), (False, "frozen", None), (True, "batch", "")]
+)
 def test_what_trains(train, norm, trained):
     body = Backbone("resnet18", train, False, False, weights="none", norm=norm).body
     names = {name.split(".")[0] for name, p in body.named_parameters() if p.requires_grad}

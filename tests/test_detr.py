@@ -134,7 +134,10 @@ def test_auxiliary_outputs_are_switched_off_by_the_flag():
 def test_attention_weights_come_to_whoever_hooks_the_module():
     model = build()[0].eval()
     seen = {}
-    decoder, encoder = model.transformer.decoder.layers[-1].multihead_attn, model.transformer.encoder.layers[-1].self_attn
+    decoder, encoder = (
+        model.transformer.decoder.layers[-1].multihead_attn,
+        model.transformer.encoder.layers[-1].self_attn,
+    )
     decoder.register_forward_hook(lambda module, args, output: seen.update(decoder=output[1]))
     with torch.no_grad():
         plain = model(images := [torch.rand(3, 64, 96), torch.rand(3, 64, 50)])["pred_boxes"]
