@@ -131,7 +131,7 @@ def draw_scene(rng: np.random.Generator, image_size: int, classes: int) -> tuple
         if len(labels) == wanted + 2:
             break
         label, segment = int(rng.integers(1, classes + 1)), len(labels) + 1
-        cover = _outline(rng, THINGS[label - 1], height, width, float(np.exp(rng.uniform(*np.log((0.12, 0.6))))))
+        cover = _outline(rng, THINGS[label - 1], height, width, float(np.exp(rng.uniform(*np.log((0.12, 0.8))))))
         hidden = np.bincount(ids[cover > 0.5], minlength=segment)
         now = np.bincount(ids.ravel(), minlength=segment)
         if all(now[i] - hidden[i] >= (1 - LARGEST_HIDDEN) * whole[i] for i in range(3, segment)):
