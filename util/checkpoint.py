@@ -56,7 +56,7 @@ def load_checkpoint(path_or_url: str | Path) -> dict[str, Any]:
         raise ValueError(
             f"{name}: refused, since it holds more than tensors and plain Python ({_first_line(error)})"
         ) from None
-    except (RuntimeError, EOFError, OSError) as error:
+    except Exception as error:  # bytes that are no checkpoint can break the reader in any way
         raise ValueError(f"{name}: not a readable checkpoint ({_first_line(error)})") from None
     if not isinstance(state, dict) or "model" not in state:
         raise ValueError(f"{name}: no entry 'model' in it; a checkpoint of this project or of DETR has one")
@@ -115,7 +115,7 @@ def _download(url: str) -> str:
 
 
 def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0]
+    return str(error).strip().split("\n")[0].split(". ")[0] or type(error).__name__
 
 
 def rng_state() -> dict:

@@ -10,10 +10,13 @@ Colour = tuple[int, int, int]
 GAP = 8  # pixels between the pictures of a sheet
 
 
-def class_colour(label: int) -> Colour:
-    """Colour of a class: the same in every picture, and far from its neighbours' (hues a golden ratio apart)."""
-    hue = label * 0.618034 % 1
-    return tuple(round(255 * part) for part in colorsys.hsv_to_rgb(hue, 0.9 - 0.35 * (label % 2), 0.95))
+def class_colour(label: int, shade: int = 0) -> Colour:
+    """Colour of a class: the same in every picture, and far from its neighbours' (hues a golden ratio apart).
+
+    Another `shade` is near it: for objects of one class that touch.
+    """
+    hue, light = label * 0.618034 + shade * 0.023, 0.95 - 0.12 * (shade % 4)
+    return tuple(round(255 * part) for part in colorsys.hsv_to_rgb(hue % 1, 0.9 - 0.35 * (label % 2), light))
 
 
 def fit(image: Image.Image, side: int) -> tuple[Image.Image, float]:
@@ -106,6 +109,24 @@ def draw_masks(image: Image.Image, masks: np.ndarray, colours: Sequence[Colour],
     for mask, colour in reversed(list(zip(masks, colours, strict=True))):
         tinted[mask] = (1 - opacity) * pixels[mask] + opacity * np.array(colour)
     return Image.fromarray(tinted.round().astype(np.uint8))
+
+
+def draw_segments(
+    image: Image.Image, ids: np.ndarray, segments: Sequence[int], names: Sequence[str], colours: Sequence[Colour]
+) -> Image.Image:
+    """Draw a panoptic map, ids [H, W] of the image's own size: segments tinted, their borders white, each named."""
+    picture = draw_masks(image, np.array([ids == k for k in segments]), colours, opacity=0.6)
+    border = np.zeros(ids.shape, bool)
+    border[1:] |= ids[1:] != ids[:-1]
+    border[:, 1:] |= ids[:, 1:] != ids[:, :-1]
+    picture = draw_masks(picture, border[None], [(255, 255, 255)], opacity=0.8)
+    places = []
+    for k in segments:
+        rows, columns = np.nonzero(ids == k)
+        middle = len(rows) // 2  # a pixel of the segment itself, where its centroid may lie outside
+        x = np.median(columns[rows == rows[middle]])
+        places.append((x, rows[middle], x, rows[middle]))
+    return draw_boxes(picture, places, names, colours)
 
 
 def titled(image: Image.Image, title: str, letters: int = 14) -> Image.Image:
