@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -40,23 +41,20 @@ def train_one_epoch(
     metrics.add_meter("class_error", SmoothedValue(window_size=1, fmt="{value:.2f}"))
     batches = len(data_loader)
     for step, (samples, targets) in enumerate(metrics.log_every(data_loader, print_freq, f"Epoch: [{epoch}]")):
-        ids = [target["image_id"].tolist() for target in targets if "image_id" in target]
+        ids = [int(target["image_id"]) for target in targets if "image_id" in target]
         samples = samples.to(device, non_blocking=True)
         targets = to_device(targets, device)
-        with autocast(device, amp):
-            outputs = model(samples)
-        losses = criterion(outputs, targets)
-        loss = sum(losses[name] * weight for name, weight in criterion.weight_dict.items() if name in losses)
-        values = loss_values(losses, criterion.weight_dict)
-        if not math.isfinite(values["loss"]):
-            broken = [name for name in losses if not math.isfinite(values[f"{name}_unscaled"])]
-            raise FloatingPointError(
-                f"epoch {epoch}, step {step}, images {sum(ids, [])}: not finite: {', '.join(broken)}"
-            )
-
-        group_start = step - step % accum_steps
-        scaler.scale(loss / min(accum_steps, batches - group_start)).backward()
-        if (step + 1) % accum_steps == 0 or step + 1 == batches:
+        group = min(accum_steps, batches - (step - step % accum_steps))  # batches that share this step's update
+        closes = (step + 1) % accum_steps == 0 or step + 1 == batches
+        with nullcontext() if closes else no_sync(model):
+            with autocast(device, amp):
+                outputs = model(samples)
+            losses = criterion(outputs, targets)
+            values = loss_values(losses, criterion.weight_dict)
+            check_finite(values, f"epoch {epoch}, step {step}, images {ids}")
+            loss = sum(losses[name] * weight for name, weight in criterion.weight_dict.items() if name in losses)
+            scaler.scale(loss / group).backward()
+        if closes:
             if max_norm > 0:
                 scaler.unscale_(optimizer)
                 nn.utils.clip_grad_norm_(model.parameters(), max_norm)
@@ -110,6 +108,18 @@ def evaluate(
     if "bbox" in evaluator.coco_eval:
         stats["coco_eval_bbox"] = [float(number) for number in evaluator.coco_eval["bbox"].stats]
     return stats, evaluator
+
+
+def check_finite(values: dict[str, float], where: str) -> None:
+    """Raise FloatingPointError, naming the losses, if the total is not finite: weights must not learn from it."""
+    if not math.isfinite(values["loss"]):
+        broken = [name for name, value in values.items() if name.endswith("_unscaled") and not math.isfinite(value)]
+        raise FloatingPointError(f"{where}: not finite: {', '.join(name[: -len('_unscaled')] for name in broken)}")
+
+
+def no_sync(model: nn.Module):
+    """Build the context in which a distributed model keeps its gradients to itself; for any other, one of no effect."""
+    return model.no_sync() if isinstance(model, nn.parallel.DistributedDataParallel) else nullcontext()
 
 
 def to_device(targets: Iterable[dict], device: torch.device) -> list[dict]:

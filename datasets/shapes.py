@@ -5,6 +5,7 @@ large, images of different sizes, some without any object, crowds; and for panop
 objects and patches that belong to nothing. The same numbers give the same files.
 """
 
+import colorsys
 import json
 import math
 import os
@@ -21,7 +22,7 @@ from util.logger import logger
 THINGS = ("circle", "square", "triangle", "star", "ring", "cross", "hexagon", "bar")
 STUFF = ("ground", "sky")  # their ids follow the things'
 EMPTY, CROWD, VOID = 0.06, 0.06, 0.3  # shares of the images without objects, with a crowd, with an unlabelled patch
-MOST_OBJECTS = 6
+MOST_OBJECTS = 5
 LARGEST_HIDDEN = 0.4  # an object is placed only if every other one keeps at least 60 % of its pixels
 
 
@@ -114,7 +115,8 @@ def draw_scene(rng: np.random.Generator, image_size: int, classes: int) -> tuple
     ids[rows / height < horizon] = 2
     if rng.random() < VOID:
         ids[_outline(rng, "circle", height, width, 0.35) > 0.5] = 0
-    pixels = rng.uniform(30, 225, (3, 3)).astype(np.float32)[ids]
+    muted = rng.uniform(60, 190, (3, 1)) + rng.uniform(-20, 20, (3, 3))
+    pixels = muted.astype(np.float32)[ids]
     pixels += (rows / height * rng.uniform(-40, 40) + columns / width * rng.uniform(-40, 40))[..., None]
     pixels[ids == 0] = rng.uniform(0, 255, ((ids == 0).sum(), 1))  # grey noise, unlike any object
 
@@ -123,17 +125,17 @@ def draw_scene(rng: np.random.Generator, image_size: int, classes: int) -> tuple
     crowded = wanted > 0 and rng.random() < CROWD
     if crowded:
         labels[3] = int(rng.integers(1, classes + 1))
-        _place_crowd(rng, pixels, ids, THINGS[labels[3] - 1])
+        _place_crowd(rng, pixels, ids, labels[3])
     whole = {3: int((ids == 3).sum())}  # pixels of each object when nothing hides it
     for _ in range(6 * wanted):  # tries: an object that would hide too much of another is not placed
         if len(labels) == wanted + 2:
             break
         label, segment = int(rng.integers(1, classes + 1)), len(labels) + 1
-        cover = _outline(rng, THINGS[label - 1], height, width, float(np.exp(rng.uniform(*np.log((0.12, 0.6))))))
+        cover = _outline(rng, THINGS[label - 1], height, width, float(np.exp(rng.uniform(*np.log((0.12, 0.8))))))
         hidden = np.bincount(ids[cover > 0.5], minlength=segment)
         now = np.bincount(ids.ravel(), minlength=segment)
         if all(now[i] - hidden[i] >= (1 - LARGEST_HIDDEN) * whole[i] for i in range(3, segment)):
-            _paint(rng, pixels, ids, cover, segment)
+            _paint(rng, pixels, ids, cover, segment, label)
             labels[segment], whole[segment] = label, int(hidden.sum())
     pixels += 6 * rng.standard_normal(pixels.shape, dtype=np.float32)
     return pixels.clip(0, 255).astype(np.uint8), ids, _records(ids, labels, crowd=3 if crowded else None)
@@ -173,27 +175,29 @@ def _outline(rng: np.random.Generator, name: str, height: int, width: int, exten
     return np.asarray(picture.reduce(fine), np.float32) / 255
 
 
-def _paint(rng: np.random.Generator, pixels: np.ndarray, ids: np.ndarray, cover: np.ndarray, segment: int) -> None:
-    """Colour a shape so that it stands out from what it covers, and enter it in the map."""
+def _paint(
+    rng: np.random.Generator, pixels: np.ndarray, ids: np.ndarray, cover: np.ndarray, segment: int, label: int
+) -> None:
+    """Colour a shape vividly, with a hue near its class's own, and enter it in the map."""
     if cover.max() <= 0.5:  # thinner than a pixel
         return
     rows, columns = cover.any(1).nonzero()[0], cover.any(0).nonzero()[0]
     part = np.s_[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
     pixels, ids, cover = pixels[part], ids[part], cover[part]
-    below = pixels[cover > 0.5].mean(0)
-    colour = max(rng.uniform(0, 255, (3, 3)), key=lambda candidate: np.abs(candidate - below).sum())
-    pixels += cover[..., None] * (colour.astype(np.float32) - pixels)
+    hue = label * 0.618 + rng.uniform(-0.04, 0.04)  # the golden ratio spreads any number of hues
+    colour = 255 * np.array(colorsys.hsv_to_rgb(hue % 1, rng.uniform(0.75, 1), rng.uniform(0.6, 1)), np.float32)
+    pixels += cover[..., None] * (colour - pixels)
     ids[cover > 0.5] = segment
 
 
-def _place_crowd(rng: np.random.Generator, pixels: np.ndarray, ids: np.ndarray, name: str) -> None:
+def _place_crowd(rng: np.random.Generator, pixels: np.ndarray, ids: np.ndarray, label: int) -> None:
     """Scatter many small shapes of one class over a part of the image; together they are segment 3."""
     height, width = ids.shape
     h, w = height // 3, width // 3
     top, left = rng.integers(0, height - h), rng.integers(0, width - w)
     part = np.s_[top : top + h, left : left + w]
     for _ in range(int(rng.integers(8, 14))):
-        _paint(rng, pixels[part], ids[part], _outline(rng, name, h, w, 0.3), 3)
+        _paint(rng, pixels[part], ids[part], _outline(rng, THINGS[label - 1], h, w, 0.3), 3, label)
 
 
 def _records(ids: np.ndarray, labels: dict[int, int], crowd: int | None) -> list[dict]:

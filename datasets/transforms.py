@@ -86,8 +86,9 @@ def resized_size(height: int, width: int, size: int, max_size: int | None = None
         size = round(max_size * short / long)
     if short == size:
         return height, width
-    size = max(size, 1)
-    other = max(int(size * long / short), 1)
+    other = int(size * long / short)
+    if size < 1:  # so thin that the rule leaves it no pixel
+        size, other = 1, max_size
     return (size, other) if height <= width else (other, size)
 
 

@@ -10,6 +10,7 @@ from models.position_encoding import PositionEmbeddingLearned, PositionEmbedding
 from models.segmentation import DETRsegm, PostProcessPanoptic, PostProcessSegm
 from models.transformer import Transformer
 from util.dist import pick_device
+from util.logger import logger
 
 # The flags that DETR did not have. A caller whose `args` knows only the old ones gets these.
 NEW_FLAGS = {"num_classes": None, "thing_classes": None, "backbone_weights": "imagenet", "backbone_norm": "frozen"}
@@ -23,14 +24,15 @@ def build_model(args) -> tuple[nn.Module, SetCriterion, dict[str, nn.Module]]:
     """
     new = {name: getattr(args, name, default) for name, default in NEW_FLAGS.items()}
     num_classes = new["num_classes"] or (250 if args.dataset_file == "coco_panoptic" else 91)
-    backbone = Backbone(
-        args.backbone,
-        train_backbone=args.lr_backbone > 0,
-        return_interm_layers=args.masks,
-        dilation=args.dilation,
-        weights=new["backbone_weights"],
-        norm=new["backbone_norm"],
-    )
+    sizes = (args.backbone, args.lr_backbone > 0, args.masks, args.dilation)
+    try:
+        backbone = Backbone(*sizes, weights=new["backbone_weights"], norm=new["backbone_norm"])
+    except OSError as error:
+        if hasattr(args, "backbone_weights"):
+            raise
+        # Callers who cannot name weights mostly load a whole checkpoint next, so no network need not stop them.
+        logger.warning(f"{error}; the backbone is random until a checkpoint is loaded into the model")
+        backbone = Backbone(*sizes, weights="none", norm=new["backbone_norm"])
     transformer = Transformer(
         d_model=args.hidden_dim,
         nhead=args.nheads,

@@ -95,11 +95,17 @@ class Backbone(BackboneBase):
             )
         if norm not in ("frozen", "batch"):
             raise ValueError(f"no backbone norm {norm!r}: choose frozen or batch")
-        resnet = getattr(torchvision.models, name)(
-            replace_stride_with_dilation=[False, False, dilation],
-            weights="IMAGENET1K_V1" if weights == "imagenet" else None,
-            norm_layer=FrozenBatchNorm2d if norm == "frozen" else nn.BatchNorm2d,
-        )
+        try:
+            resnet = getattr(torchvision.models, name)(
+                replace_stride_with_dilation=[False, False, dilation],
+                weights="IMAGENET1K_V1" if weights == "imagenet" else None,
+                norm_layer=FrozenBatchNorm2d if norm == "frozen" else nn.BatchNorm2d,
+            )
+        except OSError as error:
+            raise OSError(
+                f"ImageNet weights of {name} could not be downloaded ({error}); "
+                "give --backbone_weights the path of a local copy, or none"
+            ) from error
         if weights not in ("imagenet", "none"):
             load_backbone_weights(resnet, weights)
         num_channels = 512 if name in ("resnet18", "resnet34") else 2048

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.matcher import HungarianMatcher
 from models.segmentation import dice_loss, sigmoid_focal_loss
 from util.box_ops import box_cxcywh_to_xyxy, elementwise_giou
 from util.dist import mean_over_processes
@@ -83,7 +84,10 @@ class SetCriterion(nn.Module):
         layers = [outputs, *outputs.get("aux_outputs", ())]
         logits = torch.stack([layer["pred_logits"] for layer in layers]).float()
         boxes = torch.stack([layer["pred_boxes"] for layer in layers]).float()
-        indices = self.matcher.match_layers(logits, boxes, targets)
+        if isinstance(self.matcher, HungarianMatcher):
+            indices = self.matcher.match_layers(logits, boxes, targets)
+        else:  # a matcher of your own, layer by layer
+            indices = [self.matcher(layer, targets) for layer in layers]
         sizes = [len(target["labels"]) for target in targets]
         first = [sum(sizes[:i]) for i in range(len(sizes))]  # of each image's objects, when all are laid end to end
         pairs = torch.stack(  # built on the CPU, sent in one copy: (image, query, object) of every pair of every layer

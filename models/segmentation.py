@@ -5,7 +5,7 @@ the coarsest features, h4 x w4 of the finest (stride 4), H x W pixels. Masks are
 """
 
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 
 import numpy as np
@@ -58,26 +58,27 @@ class DETRsegm(nn.Module):
         finer = [features[2].tensors, features[1].tensors, features[0].tensors]
         if not torch.jit.is_scripting():
             if self.training:
-                out["masks_of"] = self._masks_later(src, hs[-1], memory, padding, finer)
+                out["masks_of"] = MasksLater(self, src, hs[-1], memory, padding, finer)
                 return out
         maps = self.bbox_attention(hs[-1], memory, padding)
         masks = self.mask_head(src, maps, finer)[:, 0]
         out["pred_masks"] = masks.float().unflatten(0, (maps.shape[0], maps.shape[1]))
         return out
 
-    @torch.jit.unused
-    def _masks_later(
-        self, src: Tensor, hs: Tensor, memory: Tensor, padding: Tensor, finer: list[Tensor]
-    ) -> Callable[[Tensor, Tensor], Tensor]:
-        kind = hs.device.type
-        precision = partial(torch.autocast, kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind))
 
-        def masks_of(image: Tensor, query: Tensor) -> Tensor:
-            with precision():  # the one the model ran in: the loss, which asks, has another
-                maps = self.bbox_attention(hs, memory, padding)[image, query]
-                return self.mask_head(src, maps, finer, image)[:, 0].float()
+class MasksLater:
+    """Everything the masks of a batch are drawn from, to be called with the queries whose masks are wanted."""
 
-        return masks_of
+    def __init__(self, model: DETRsegm, src: Tensor, hs: Tensor, memory: Tensor, padding: Tensor, finer: list[Tensor]):
+        self.model, self.src, self.hs, self.memory, self.padding, self.finer = model, src, hs, memory, padding, finer
+        kind = hs.device.type  # the precision the model runs in now: the loss, which asks later, has another
+        self.precision = partial(torch.autocast, kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind))
+
+    def __call__(self, image: Tensor, query: Tensor) -> Tensor:
+        """Draw queries `query` [N] of the images `image` [N]: logits [N, h4, w4]."""
+        with self.precision():
+            maps = self.model.bbox_attention(self.hs, self.memory, self.padding)[image, query]
+            return self.model.mask_head(self.src, maps, self.finer, image)[:, 0].float()
 
 
 class MHAttentionMap(nn.Module):
@@ -272,7 +273,7 @@ class PostProcessPanoptic(nn.Module):
             scores, labels = logits.softmax(-1).max(-1)
             keep = (labels != logits.shape[-1] - 1) & (scores > self.threshold)
             size = (height, width) if padded_size is None else padded_size
-            masks = F.interpolate(masks[None, keep], size=size, mode="bilinear", align_corners=False)[0]
+            masks = F.interpolate(masks[keep][:, None], size=size, mode="bilinear", align_corners=False)[:, 0]
             ids, classes = self._segments(masks[:, :height, :width], labels[keep].tolist(), _pair(final))
             maps.append(self._encode(ids, classes, first_id))
         return maps
@@ -283,7 +284,9 @@ class PostProcessPanoptic(nn.Module):
         merged = [k if self._is_thing(c) else first_of.setdefault(c, k) for k, c in enumerate(classes)]
         while classes:
             # The queries of one stuff class are one segment. Those merged away are too small after the first round.
-            owner = torch.tensor(merged, device=masks.device)[_nearest(masks.argmax(0), size)]
+            # Shares, not logits: where two queries have the same share of a pixel to the last bit, the first owns it.
+            best = masks.flatten(1).T.softmax(-1).argmax(-1).view(masks.shape[1:])
+            owner = torch.tensor(merged, device=masks.device)[_nearest(best, size)]
             large = torch.bincount(owner.flatten(), minlength=len(classes)) >= SMALLEST_SEGMENT
             if large.all():
                 return owner, classes
@@ -310,7 +313,7 @@ class PostProcessPanoptic(nn.Module):
 def _nearest(ids: Tensor, size: tuple[int, int]) -> Tensor:
     """Resize a map [h, w] by taking, for the centre of each new pixel, the old pixel it falls into."""
     rows, columns = (
-        ((torch.arange(new, device=ids.device) + 0.5) * (old / new)).long().clamp(max=old - 1)
+        (2 * torch.arange(new, device=ids.device) + 1) * old // (2 * new)
         for new, old in zip(size, ids.shape, strict=True)
     )
     return ids[rows[:, None], columns]

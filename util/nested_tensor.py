@@ -1,5 +1,7 @@
 """A batch of images of different sizes: one padded tensor, and a mask that is True on the padding."""
 
+from typing import Optional
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -29,7 +31,7 @@ class NestedTensor:
             mask = mask.pin_memory()
         return NestedTensor(self.tensors.pin_memory(), mask)
 
-    def decompose(self) -> tuple[Tensor, Tensor | None]:
+    def decompose(self) -> tuple[Tensor, Optional[Tensor]]:  # noqa: UP045  (TorchScript cannot read `|` inside a tuple)
         """Return the pair (tensors, mask)."""
         return self.tensors, self.mask
 

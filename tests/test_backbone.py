@@ -1,0 +1,87 @@
+import pytest
+import torch
+from torch import nn
+
+from models.backbone import Backbone, FrozenBatchNorm2d
+from models.position_encoding import PositionEmbeddingLearned, PositionEmbeddingSine
+from util.nested_tensor import NestedTensor, nested_tensor_from_tensor_list
+
+
+def test_features_and_masks_shrink_together():
+    backbone = Backbone("resnet18", True, True, False, weights="none")
+    out = backbone(nested_tensor_from_tensor_list([torch.rand(3, 64, 128), torch.rand(3, 64, 64)]))
+    assert {name: tuple(f.tensors.shape) for name, f in out.items()} == {
+        "0": (2, 64, 16, 32), "1": (2, 128, 8, 16), "2": (2, 256, 4, 8), "3": (2, 512, 2, 4),
+    }  # fmt: skip
+    assert out["3"].mask.tolist() == [[[False] * 4] * 2, [[False, False, True, True]] * 2]
+
+
+def test_dilation_halves_the_stride_and_small_resnets_refuse_it():
+    dc5 = Backbone("resnet50", True, False, True, weights="none")
+    assert dc5(nested_tensor_from_tensor_list(torch.rand(1, 3, 64, 64)))["0"].tensors.shape == (1, 2048, 4, 4)
+    with pytest.raises(ValueError, match="resnet18 cannot be dilated"):
+        Backbone("resnet18", True, False, True, weights="none")
+    with pytest.raises(ValueError, match="resnet50, resnet101"):
+        Backbone("vgg16", True, False, False, weights="none")
+
+
+@pytest.mark.parametrize(
+    "train, norm, trained", [(True, "frozen", "layer"), (False, "frozen", None), (True, "batch", "")]
+)
+def test_what_trains(train, norm, trained):
+    body = Backbone("resnet18", train, False, False, weights="none", norm=norm).body
+    names = {name.split(".")[0] for name, p in body.named_parameters() if p.requires_grad}
+    expected = {"layer": {"layer2", "layer3", "layer4"}, None: set()}
+    assert names == expected.get(trained, {"conv1", "bn1", "layer1", "layer2", "layer3", "layer4"})
+    kind = FrozenBatchNorm2d if norm == "frozen" else nn.BatchNorm2d
+    assert isinstance(body["bn1"], kind)
+
+
+def test_weights_from_a_file_load_what_fits_and_skip_norms_without_their_convolution(tmp_path, monkeypatch):
+    import torchvision
+
+    from models import backbone as module
+
+    state = {name: torch.full_like(v, 0.5) for name, v in torchvision.models.resnet18().state_dict().items()}
+    del state["layer4.0.conv1.weight"]
+    state["layer4.1.conv1.weight"] = torch.ones(1)
+    torch.save(state, tmp_path / "r18.pth")
+    said = []
+    monkeypatch.setattr(module.logger, "info", said.append)
+    body = Backbone("resnet18", True, False, False, weights=str(tmp_path / "r18.pth")).body.state_dict()
+    assert (body["conv1.weight"] == 0.5).all() and (body["layer3.0.bn1.bias"] == 0.5).all()
+    assert not (body["layer4.0.conv1.weight"] == 0.5).any()
+    for name in ("layer4.0.bn1.bias", "layer4.1.bn1.bias"):
+        assert (body[name] == 0).all() and name in said[0]
+
+
+def test_weights_that_cannot_be_used_are_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="nowhere.pth"):
+        Backbone("resnet18", True, False, False, weights="nowhere.pth")
+    torch.save({"something": torch.ones(1)}, tmp_path / "other.pth")
+    with pytest.raises(ValueError, match="other.pth.*no entry fits"):
+        Backbone("resnet18", True, False, False, weights=str(tmp_path / "other.pth"))
+
+
+def test_sine_positions_count_valid_cells_and_put_y_first():
+    mask = torch.zeros(1, 4, 6, dtype=torch.bool)
+    mask[:, :, 4:] = True
+    position = PositionEmbeddingSine(8, normalize=True)(NestedTensor(torch.zeros(1, 1, 4, 6), mask))
+    assert position.shape == (1, 16, 4, 6)
+    y, x = 2 / (4 + 1e-6) * 2 * torch.pi, 3 / (4 + 1e-6) * 2 * torch.pi
+    period = 10000 ** (2 / 8)
+    expected = [torch.tensor(v).sin() for v in (y, y / period, x)]
+    assert position[0, [0, 2, 8], 1, 2].tolist() == pytest.approx([e.item() for e in expected], abs=1e-5)
+    assert position[0, 1, 1, 2].item() == pytest.approx(torch.tensor(y).cos().item(), abs=1e-5)
+    with pytest.raises(ValueError, match="normalize"):
+        PositionEmbeddingSine(scale=1.0)
+
+
+def test_learned_positions_put_x_first_and_end_at_fifty():
+    embed = PositionEmbeddingLearned(4)
+    position = embed(NestedTensor(torch.zeros(2, 1, 3, 5), None))
+    assert position.shape == (2, 8, 3, 5)
+    assert torch.equal(position[1, :4, 2, 3], embed.col_embed.weight[3])
+    assert torch.equal(position[1, 4:, 2, 3], embed.row_embed.weight[2])
+    with pytest.raises(AssertionError, match="51"):
+        embed(NestedTensor(torch.zeros(1, 1, 3, 51), None))

@@ -1,0 +1,207 @@
+"""The detection dataset: what an item holds, what is refused when it is built, and the index behind it."""
+
+import copy
+import json
+import random
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import DataLoader, Subset
+
+from datasets import build_dataset, get_coco_api_from_dataset
+from datasets.coco import CocoDetection, make_coco_transforms
+from datasets.coco_index import read_coco_index
+from tests.conftest import parse, write_coco
+from util.nested_tensor import collate_fn
+
+
+def plain(root, **options):
+    return CocoDetection(root / "train2017", root / "annotations/instances_train2017.json", **options)
+
+
+def change(root, edit):
+    """Apply `edit` to the training annotations on disk."""
+    path = root / "annotations/instances_train2017.json"
+    content = json.loads(path.read_text())
+    edit(content)
+    path.write_text(json.dumps(content))
+
+
+def test_an_item_is_an_image_and_its_objects(coco_root):
+    dataset = plain(coco_root)
+    assert dataset.ids == [11, 12, 13, 14] and dataset.num_classes == 4 and dataset.class_names == {1: "cat", 3: "dog"}
+    image, target = dataset[0]
+    assert image.dtype == torch.uint8 and image.shape == (3, 48, 64)
+    assert target["boxes"].tolist() == [[4, 4, 24, 34], [30, 10, 55, 35]]
+    assert target["labels"].tolist() == [1, 3] and target["area"].tolist() == [600, 625]
+    assert target["image_id"].tolist() == [11] and target["iscrowd"].tolist() == [0, 0]
+    assert target["orig_size"].tolist() == target["size"].tolist() == [48, 64]
+
+
+def test_crowds_are_left_out_and_an_image_may_be_empty(coco_root):
+    dataset = plain(coco_root)
+    assert dataset[1][1]["labels"].tolist() == [1]
+    empty = dataset[2][1]
+    assert empty["boxes"].shape == (0, 4) and empty["labels"].shape == (0,) and empty["labels"].dtype == torch.int64
+
+
+def test_crowds_only(coco_root):
+    change(coco_root, lambda c: [a.update(iscrowd=1) for a in c["annotations"]])
+    assert all(len(plain(coco_root)[i][1]["labels"]) == 0 for i in range(4))
+
+
+def test_boxes_are_clamped_and_those_without_area_dropped(coco_root):
+    def edit(content):
+        boxes = [[-10, -5, 30, 20], [60, 40, 100, 100], [10, 10, 0, 5], [70, 10, 5, 5], [5, 5, -3, 9]]
+        first = content["annotations"][0]
+        content["annotations"] = [{**first, "id": i, "bbox": box} for i, box in enumerate(boxes, 1)]
+
+    change(coco_root, edit)
+    assert plain(coco_root)[0][1]["boxes"].tolist() == [[0, 0, 20, 15], [60, 40, 64, 48]]
+
+
+def test_missing_area_and_iscrowd_are_filled_in(coco_root):
+    change(coco_root, lambda c: [(a.pop("area"), a.pop("iscrowd")) for a in c["annotations"]])
+    dataset = plain(coco_root)
+    assert dataset[0][1]["area"].tolist() == [600, 625]
+    annotation = dataset.coco.loadAnns([1])[0]
+    assert annotation["area"] == 600 and annotation["iscrowd"] == 0
+
+
+def test_annotation_ids_from_zero_are_renumbered_for_the_evaluation(coco_root):
+    change(coco_root, lambda c: [a.update(id=i) for i, a in enumerate(c["annotations"])])
+    assert sorted(get_coco_api_from_dataset(Subset(plain(coco_root), [0])).anns) == [1, 2, 3, 4, 5]
+
+
+@pytest.mark.parametrize("edit, words", [
+    (lambda c: c["annotations"][0].update(category_id=9), "1 annotations of a category that is not listed: image 11"),
+    (lambda c: c["annotations"][0].update(image_id=99), "1 annotations of images that are not listed: image 99"),
+    (lambda c: c["annotations"][0].update(bbox=[0, float("nan"), 1, 1]), "1 boxes that are not finite: image 11"),
+    (lambda c: c["annotations"][0].update(bbox=[0, 1]), "1 records that cannot be read"),
+    (lambda c: c["annotations"][0].pop("bbox"), "1 records that cannot be read"),
+    (lambda c: c["images"][0].update(file_name="gone.jpg"), "1 images that are not in .*gone.jpg"),
+    (lambda c: c["images"].append(c["images"][0]), "1 images with an id used before: 11"),
+    (lambda c: c.update(images=[], annotations=[]), "no images at all"),
+    (lambda c: c.pop("categories"), "not a COCO instances file: no list named 'categories'"),
+])  # fmt: skip
+def test_what_cannot_be_used_is_refused_with_counts_and_culprits(coco_root, edit, words):
+    change(coco_root, edit)
+    with pytest.raises(ValueError, match=f"(?s)instances_train2017.json.*{words}"):
+        plain(coco_root)
+
+
+def test_all_problems_are_told_at_once(coco_root):
+    def edit(content):
+        content["annotations"][0].update(category_id=9)
+        content["annotations"][1].update(image_id=77)
+
+    change(coco_root, edit)
+    with pytest.raises(ValueError, match="(?s)image 77.*category 9"):
+        plain(coco_root)
+
+
+def test_a_class_id_equal_to_k_is_refused_and_holes_are_not(coco_root):
+    assert plain(coco_root, num_classes=4).num_classes == 4
+    with pytest.raises(
+        ValueError, match=r"2 annotations of classes outside 0..2 .*at least 4.*image 11 \(category 3\)"
+    ):
+        plain(coco_root, num_classes=3)
+
+
+@pytest.mark.parametrize("text, words", [("[1, 2]", "not a COCO"), ("{broken", "not a JSON"), ('{"a": 1}', "'images'")])
+def test_a_json_of_another_kind(coco_root, text, words):
+    (coco_root / "annotations/instances_train2017.json").write_text(text)
+    with pytest.raises(ValueError, match=f"instances_train2017.json.*{words}"):
+        plain(coco_root)
+
+
+def test_a_path_that_leads_nowhere_is_named(coco_root, tmp_path):
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        build_dataset("train", parse(f"--coco_path {tmp_path}/nowhere"))
+    with pytest.raises(ValueError, match="--coco_path"):
+        build_dataset("train", parse())
+    with pytest.raises(ValueError, match="coco, shapes"):
+        build_dataset("train", parse("--dataset_file voc"))
+    (coco_root / "train2017").rename(coco_root / "elsewhere")
+    with pytest.raises(FileNotFoundError, match="train2017"):
+        build_dataset("train", parse(f"--coco_path {coco_root}"))
+    flags = f"--train_images {coco_root}/elsewhere --train_annotations {coco_root}/annotations/instances_train2017.json"
+    assert len(build_dataset("train", parse(flags))) == 4
+
+
+def test_augmentation_is_a_function_of_seed_epoch_and_image(coco_root):
+    def draw(epoch, seed=0, workers=0):
+        dataset = build_dataset("train", parse(f"--coco_path {coco_root} --seed {seed}"))
+        dataset.set_epoch(epoch)
+        batches = DataLoader(dataset, collate_fn=collate_fn, num_workers=workers)
+        return [(samples.tensors, targets[0]["boxes"]) for samples, targets in batches]
+
+    def same(a, b):
+        return all(
+            x.shape == y.shape and torch.equal(x, y)
+            for p, q in zip(a, b, strict=True)
+            for x, y in zip(p, q, strict=True)
+        )
+
+    first = draw(1)
+    random.random()
+    assert same(first, draw(1)) and same(first, draw(1, workers=2))
+    assert not same(first, draw(2)) and not same(first, draw(1, seed=1))
+
+
+def test_the_epoch_reaches_workers_that_are_running(coco_root):
+    dataset = build_dataset("train", parse(f"--coco_path {coco_root}"))
+    loader = DataLoader(dataset, collate_fn=collate_fn, num_workers=1, persistent_workers=True)
+    epochs = []
+    for epoch in (0, 1, 0):
+        dataset.set_epoch(epoch)
+        epochs.append([samples.tensors for samples, _ in loader])
+    assert all(torch.equal(a, b) for a, b in zip(epochs[0], epochs[2], strict=True))
+    assert any(a.shape != b.shape or not torch.equal(a, b) for a, b in zip(epochs[0], epochs[1], strict=True))
+
+
+def test_training_sizes_scale_with_min_size():
+    described = [step.__dict__ for step in make_coco_transforms("train", 400, 666).transforms[:2]]
+    assert described[1]["transforms1"].sizes[0] == 240 and described[1]["transforms1"].sizes[-1] == 400
+    crop = described[1]["transforms2"].transforms
+    assert crop[0].sizes == [200, 250, 300] and (crop[1].min_size, crop[1].max_size) == (192, 300)
+    published = make_coco_transforms("train").transforms[1].transforms1
+    assert published.sizes == [480, 512, 544, 576, 608, 640, 672, 704, 736, 768, 800] and published.max_size == 1333
+    with pytest.raises(ValueError, match="test"):
+        make_coco_transforms("test")
+
+
+def test_targets_of_the_pipeline_are_relative_and_inside(coco_root):
+    dataset = build_dataset("train", parse(f"--coco_path {coco_root}"))
+    for epoch in range(10):
+        dataset.set_epoch(epoch)
+        for image, target in (dataset[i] for i in range(4)):
+            assert image.shape[1:] == tuple(target["size"].tolist())
+            half = target["boxes"][:, 2:] / 2
+            assert (target["boxes"][:, :2] - half >= -1e-6).all() and (target["boxes"][:, :2] + half <= 1 + 1e-6).all()
+
+
+def test_the_index_agrees_with_pycocotools(tmp_path):
+    rng = np.random.default_rng(0)
+    ids = rng.permutation(50)[:20].tolist()
+    objects = [(int(rng.choice(ids)), int(rng.choice([1, 3])), rng.uniform(0, 30, 4).tolist(), {}) for _ in range(100)]
+    write_coco(tmp_path / "c", "train", ids, objects)
+    dataset = plain(tmp_path / "c")
+    coco = dataset.coco
+    assert dataset.ids == sorted(ids) == sorted(coco.imgs)
+    for i, image_id in enumerate(dataset.ids):
+        annotations = coco.loadAnns(coco.getAnnIds(image_id))
+        where = dataset.index.annotations_of(i)
+        np.testing.assert_allclose(dataset.index.boxes[where], np.reshape([a["bbox"] for a in annotations], (-1, 4)))
+        assert dataset.index.labels[where].tolist() == [a["category_id"] for a in annotations]
+        assert str(dataset.index.file_names[i]) == coco.imgs[image_id]["file_name"]
+
+
+def test_segmentations_are_kept_only_when_asked(coco_root):
+    shapes = [[[1, 2, 3, 4, 5, 6]], {"size": [48, 64], "counts": "abc"}, {"size": [2, 2], "counts": [1, 3]}, None, []]
+    change(coco_root, lambda c: [a.update(segmentation=s) for a, s in zip(c["annotations"], shapes, strict=True)])
+    path = coco_root / "annotations/instances_train2017.json"
+    assert read_coco_index(path).segmentations is None
+    kept = read_coco_index(path, with_segmentations=True)
+    assert [kept.segmentations[k] for k in range(5)] == copy.deepcopy(shapes)

@@ -1,0 +1,117 @@
+import pytest
+import torch
+import torch.nn.functional as F
+
+from models.criterion import SetCriterion, weights_for_layers
+from models.matcher import HungarianMatcher
+from tests.test_matcher import scene
+from util.box_ops import box_cxcywh_to_xyxy, generalized_box_iou
+
+CLASSES = 4
+
+
+def outputs_of(logits, boxes):
+    """Layers first to last -> the model's dict."""
+    layers = [{"pred_logits": a, "pred_boxes": b} for a, b in zip(logits, boxes, strict=True)]
+    return {**layers[-1], "aux_outputs": layers[:-1]}
+
+
+def criterion(losses=("labels", "boxes", "cardinality")):
+    return SetCriterion(CLASSES, HungarianMatcher(1, 5, 2), {}, 0.1, list(losses))
+
+
+def written_out(logits, boxes, targets, indices):
+    """The losses of one layer [B, Q, ...], image by image and pair by pair."""
+    wanted = torch.full(logits.shape[:2], CLASSES)
+    l1 = giou = 0.0
+    for i, (queries, objects) in enumerate(indices):
+        for q, t in zip(queries, objects, strict=True):
+            wanted[i, q] = targets[i]["labels"][t]
+            found, box = boxes[i, q][None], targets[i]["boxes"][t][None]
+            l1 += (found - box).abs().sum()
+            giou += 1 - generalized_box_iou(box_cxcywh_to_xyxy(found), box_cxcywh_to_xyxy(box))[0, 0]
+    weight = torch.tensor([1.0] * CLASSES + [0.1])
+    n = max(sum(len(t["labels"]) for t in targets), 1)
+    cardinality = torch.stack(
+        [((logits[i].argmax(-1) != CLASSES).sum() - len(t["labels"])).abs().float() for i, t in enumerate(targets)]
+    ).mean()
+    return {
+        "loss_ce": F.cross_entropy(logits.transpose(1, 2), wanted, weight),
+        "loss_bbox": torch.as_tensor(l1 / n),
+        "loss_giou": torch.as_tensor(giou / n),
+        "cardinality_error": cardinality,
+    }
+
+
+@pytest.mark.parametrize("sizes", [(3, 0, 2), (1,), (0, 0), (7, 2)])
+def test_every_layer_equals_the_loss_written_out(sizes):
+    logits, boxes, targets = scene(sizes=sizes, layers=3)
+    losses = criterion()(outputs_of(logits, boxes), targets)
+    matcher = HungarianMatcher(1, 5, 2)
+    for suffix, layer in (("", 2), ("_0", 0), ("_1", 1)):
+        indices = matcher({"pred_logits": logits[layer], "pred_boxes": boxes[layer]}, targets)
+        for name, value in written_out(logits[layer], boxes[layer], targets, indices).items():
+            torch.testing.assert_close(losses[name + suffix], value, msg=f"{name}{suffix}")
+    assert "class_error_0" not in losses
+
+
+def test_class_error_counts_matched_slots_only():
+    logits, boxes, targets = scene(sizes=(2,), layers=1)
+    (queries, objects) = HungarianMatcher(1, 5, 2)({"pred_logits": logits[0], "pred_boxes": boxes[0]}, targets)[0]
+    right = logits[0, 0, queries].argmax(-1) == targets[0]["labels"][objects]
+    losses = criterion()(outputs_of(logits, boxes), targets)
+    assert losses["class_error"].item() == pytest.approx(100 * (1 - right.float().mean().item()))
+
+
+def test_a_batch_without_objects_trains_only_no_object():
+    logits, boxes, targets = scene(sizes=(0, 0), layers=2)
+    logits.requires_grad_(), boxes.requires_grad_()
+    losses = criterion()(outputs_of(logits, boxes), targets)
+    sum(losses[name] for name in ("loss_ce", "loss_bbox", "loss_giou", "loss_ce_0")).backward()
+    assert losses["loss_bbox"] == 0 and losses["loss_giou"] == 0
+    assert logits.grad.abs().sum() > 0 and not boxes.grad.any()
+
+
+def test_half_precision_outputs_are_compared_in_float32():
+    logits, boxes, targets = scene()
+    losses = criterion()(outputs_of(logits.bfloat16(), boxes.bfloat16()), targets)
+    assert all(value.dtype == torch.float32 for value in losses.values())
+
+
+def test_a_matcher_of_ones_own_is_asked_layer_by_layer():
+    class First(torch.nn.Module):
+        def forward(self, outputs, targets):
+            return [(torch.arange(len(t["labels"])), torch.arange(len(t["labels"]))) for t in targets]
+
+    logits, boxes, targets = scene(layers=2)
+    losses = SetCriterion(CLASSES, First(), {}, 0.1, ["boxes"])(outputs_of(logits, boxes), targets)
+    by_hand = sum((boxes[0, i, : len(t["boxes"])] - t["boxes"]).abs().sum() for i, t in enumerate(targets)) / 5
+    torch.testing.assert_close(losses["loss_bbox_0"], by_hand)
+
+
+def test_one_copy_to_the_cpu_for_six_layers(monkeypatch):
+    copies = []
+    for name in ("cpu", "item", "tolist", "numpy", "__bool__", "__float__", "__int__"):
+        original = getattr(torch.Tensor, name)
+
+        def watched(self, *args, _name=name, _original=original, **kwargs):
+            if not (_name == "numpy" and copies and copies[-1] == "cpu"):
+                copies.append(_name)
+            return _original(self, *args, **kwargs)
+
+        monkeypatch.setattr(torch.Tensor, name, watched)
+    logits, boxes, targets = scene(layers=6)
+    criterion()(outputs_of(logits, boxes), targets)
+    assert copies == ["cpu"]
+
+
+def test_unknown_losses_are_refused_by_name():
+    with pytest.raises(ValueError, match=r"\['colour'\].*boxes"):
+        criterion(["labels", "colour"])
+
+
+def test_weights_repeat_for_the_earlier_layers():
+    assert weights_for_layers({"loss_ce": 1, "loss_giou": 2}, 3) == {
+        "loss_ce": 1, "loss_giou": 2, "loss_ce_0": 1, "loss_giou_0": 2, "loss_ce_1": 1, "loss_giou_1": 2,
+    }  # fmt: skip
+    assert weights_for_layers({"loss_ce": 1}, 1) == {"loss_ce": 1}

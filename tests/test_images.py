@@ -1,0 +1,58 @@
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from datasets.images import read_image
+
+RGB = np.random.default_rng(0).integers(0, 256, (4, 5, 3), dtype=np.uint8).repeat(4, 0).repeat(4, 1)
+
+
+def pixels(path):
+    return read_image(path).permute(1, 2, 0).numpy()
+
+
+def test_jpeg_gives_pils_pixels(tmp_path):
+    Image.fromarray(RGB).save(tmp_path / "a.jpg")
+    assert read_image(tmp_path / "a.jpg").dtype == torch.uint8
+    assert np.array_equal(pixels(tmp_path / "a.jpg"), np.asarray(Image.open(tmp_path / "a.jpg")))
+
+
+@pytest.mark.parametrize("mode, suffix", [
+    ("L", "jpg"), ("CMYK", "jpg"), ("L", "png"), ("P", "png"), ("RGBA", "png"), ("LA", "png"), ("1", "png"),
+])  # fmt: skip
+def test_other_kinds_become_rgb(tmp_path, mode, suffix):
+    path = tmp_path / f"{mode}.{suffix}"
+    Image.fromarray(RGB).convert(mode).save(path)
+    expected = np.asarray(Image.open(path).convert("RGB"))
+    assert np.array_equal(pixels(path), expected)
+
+
+def test_sixteen_bits_are_scaled_not_clipped(tmp_path):
+    grey = np.linspace(0, 65535, 20).astype(np.uint16).reshape(4, 5)
+    Image.fromarray(grey).save(tmp_path / "deep.png")
+    found = pixels(tmp_path / "deep.png")
+    assert found.shape == (4, 5, 3) and np.abs(found[..., 0].astype(int) - grey // 257).max() <= 1
+
+
+def test_exif_rotation_is_not_applied(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # "rotate by 90 degrees to show"
+    Image.fromarray(RGB).save(tmp_path / "turned.jpg", exif=exif)
+    assert pixels(tmp_path / "turned.jpg").shape == (16, 20, 3)
+
+
+@pytest.mark.parametrize("content", [b"\xff\xd8\xff", b"just text", b"", None])
+def test_a_file_that_cannot_be_decoded_is_named(tmp_path, content):
+    path = tmp_path / "broken.jpg"
+    if content is None:  # cut short
+        Image.fromarray(RGB).save(path)
+        content = path.read_bytes()[:-40]
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match="broken.jpg.*not a readable image"):
+        read_image(path)
+
+
+def test_an_absent_file_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="absent.jpg"):
+        read_image(tmp_path / "absent.jpg")
