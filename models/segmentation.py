@@ -278,45 +278,39 @@ class PostProcessPanoptic(nn.Module):
             maps.append(self._encode(ids, classes, first_id))
         return maps
 
-    def _segments(self, masks: Tensor, classes: list[int], size: tuple[int, int]) -> tuple[Tensor, list[int]]:
-        """Masks [N, h, w] and their classes -> indices into the classes of the segments that remain, [H, W]."""
+    def _segments(self, masks: Tensor, classes: list[int], size: tuple[int, int]) -> tuple[np.ndarray, list[int]]:
+        """Masks [N, h, w] and their classes -> the classes of the segments that remain, and the index of each pixel's.
+
+        Queries of one stuff class are one segment, that of the first of them.
+        """
         first_of: dict[int, int] = {}
-        merged = [k if self._is_thing(c) else first_of.setdefault(c, k) for k, c in enumerate(classes)]
+        owner_of = np.array([k if self._is_thing(c) else first_of.setdefault(c, k) for k, c in enumerate(classes)])
         while classes:
-            # The queries of one stuff class are one segment. Those merged away are too small after the first round.
             # Shares, not logits: where two queries have the same share of a pixel to the last bit, the first owns it.
             best = masks.flatten(1).T.softmax(-1).argmax(-1).view(masks.shape[1:])
-            owner = torch.tensor(merged, device=masks.device)[_nearest(best, size)]
-            large = torch.bincount(owner.flatten(), minlength=len(classes)) >= SMALLEST_SEGMENT
+            owner = Image.fromarray(owner_of.astype(np.int32)[best.cpu().numpy()])
+            owner = np.asarray(owner.resize(size[::-1], Image.Resampling.NEAREST))
+            large = np.bincount(owner.ravel(), minlength=len(classes)) >= SMALLEST_SEGMENT
             if large.all():
                 return owner, classes
-            masks, classes = masks[large], [c for c, kept in zip(classes, large.tolist(), strict=True) if kept]
-            merged = list(range(len(classes)))
-        return torch.zeros(size, dtype=torch.int64, device=masks.device), []
+            # What is too small goes, and so do the queries that were merged away; their pixels fall to the others.
+            masks, classes = masks[torch.from_numpy(large).to(masks.device)], [classes[k] for k in large.nonzero()[0]]
+            owner_of = np.arange(len(classes))
+        return np.zeros(size, np.int32), []
 
-    def _encode(self, ids: Tensor, classes: list[int], first_id: int) -> dict:
-        areas = torch.bincount(ids.flatten(), minlength=len(classes)).tolist()
-        ids = (ids + first_id if classes else ids).cpu().numpy()
-        rgb = np.stack([ids & 255, ids >> 8 & 255, ids >> 16 & 255], axis=-1).astype(np.uint8)
-        file = io.BytesIO()
-        Image.fromarray(rgb).save(file, format="PNG")
+    def _encode(self, ids: np.ndarray, classes: list[int], first_id: int) -> dict:
+        areas = np.bincount(ids.ravel(), minlength=len(classes)).tolist()
         segments = [
             {"id": k + first_id, "isthing": self._is_thing(c), "category_id": c, "area": areas[k]}
             for k, c in enumerate(classes)
         ]
+        ids = ids + first_id if classes else ids
+        file = io.BytesIO()
+        Image.fromarray(np.stack([ids & 255, ids >> 8 & 255, ids >> 16], -1).astype(np.uint8)).save(file, format="PNG")
         return {"png_string": file.getvalue(), "segments_info": segments}
 
     def _is_thing(self, label: int) -> bool:
         return bool(self.is_thing_map.get(label, False))
-
-
-def _nearest(ids: Tensor, size: tuple[int, int]) -> Tensor:
-    """Resize a map [h, w] by taking, for the centre of each new pixel, the old pixel it falls into."""
-    rows, columns = (
-        (2 * torch.arange(new, device=ids.device) + 1) * old // (2 * new)
-        for new, old in zip(size, ids.shape, strict=True)
-    )
-    return ids[rows[:, None], columns]
 
 
 def _pair(size: Tensor | Sequence[int]) -> tuple[int, int]:
