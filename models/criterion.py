@@ -133,7 +133,10 @@ class SetCriterion(nn.Module):
             raise ValueError("the loss 'masks' needs an entry 'masks' [T, H, W] in every target: --masks gives it")
         height, width = (max(target["masks"].shape[side] for target in targets) for side in (1, 2))
         return torch.cat(
-            [F.pad(t["masks"].bool(), (0, width - t["masks"].shape[2], 0, height - t["masks"].shape[1])) for t in targets]
+            [
+                F.pad(t["masks"].bool(), (0, width - t["masks"].shape[2], 0, height - t["masks"].shape[1]))
+                for t in targets
+            ]
         )[answered]
 
     def loss_labels(self, matched: Matched) -> dict[str, Tensor]:

@@ -52,7 +52,9 @@ class DETRsegm(nn.Module):
         if isinstance(samples, (list, Tensor)):
             samples = nested_tensor_from_tensor_list(samples)
         features, src, hs, memory = self.detr.encode(samples)
-        assert len(features) == 4, "the mask head needs the features of four layers: Backbone(return_interm_layers=True)"
+        assert len(features) == 4, (
+            "the mask head needs the features of four layers: Backbone(return_interm_layers=True)"
+        )
         out = self.detr.predict(hs)
         padding = features[3].mask
         finer = [features[2].tensors, features[1].tensors, features[0].tensors]
