@@ -10,7 +10,7 @@ from PIL import Image
 
 import main
 
-torch.set_num_threads(2)
+torch.set_num_threads(1)  # small tensors: more threads would only wait for each other
 
 TINY = (
     "--device cpu --backbone resnet18 --backbone_weights none --hidden_dim 32 --nheads 4 --dim_feedforward 64 "

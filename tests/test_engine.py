@@ -1,0 +1,151 @@
+import math
+import re
+
+import pytest
+import torch
+from torch import nn
+
+import engine
+from engine import evaluate, train_one_epoch
+from models import build_model
+from tests.conftest import parse
+from util.nested_tensor import nested_tensor_from_tensor_list
+
+
+def batch(n=2, first_id=1, objects=1):
+    generator = torch.Generator().manual_seed(first_id)
+    images = [torch.randint(0, 256, (3, 64, 64), dtype=torch.uint8, generator=generator) for _ in range(n)]
+    targets = [
+        {
+            "labels": torch.full((objects,), 1),
+            "boxes": torch.full((objects, 4), 0.5),
+            "image_id": torch.tensor([first_id + i]),
+            "orig_size": torch.tensor([48, 64]),
+            "note": "not a tensor",
+        }
+        for i in range(n)
+    ]
+    return nested_tensor_from_tensor_list(images), targets
+
+
+def parts(flags=""):
+    torch.manual_seed(0)
+    model, criterion, post = build_model(parse(f"--num_classes 4 --dropout 0 {flags}"))
+    return model, criterion, post, torch.optim.AdamW(model.parameters(), lr=1e-3)
+
+
+def test_an_epoch_learns_and_reports_what_the_log_needs():
+    model, criterion, _, optimizer = parts()
+    batches = [batch(2, i) for i in (1, 3)]
+    stats = [train_one_epoch(model, criterion, batches, optimizer, torch.device("cpu"), e, 0.1) for e in range(6)]
+    assert stats[-1]["loss"] < 0.8 * stats[0]["loss"]
+    names = {"loss_ce", "loss_bbox", "loss_giou", "loss_ce_0", "loss_bbox_0", "loss_giou_0"}
+    expected = {"lr", "loss", "class_error", "class_error_unscaled"} | names | {f"{n}_unscaled" for n in names}
+    assert set(stats[0]) == expected | {"cardinality_error_unscaled", "cardinality_error_0_unscaled"}
+    assert stats[0]["loss_bbox"] == pytest.approx(5 * stats[0]["loss_bbox_unscaled"])
+    assert stats[0]["loss"] == pytest.approx(sum(stats[0][name] for name in names))
+
+
+def test_lines_look_as_they_always_did(capsys):
+    model, criterion, _, optimizer = parts()
+    train_one_epoch(model, criterion, [batch()] * 3, optimizer, torch.device("cpu"), 7, print_freq=2)
+    first, last, total = capsys.readouterr().out.splitlines()
+    head = r"Epoch: \[7\]  \[0/3\]  eta: 0:\d\d:\d\d  lr: 0.001000  class_error: \d+.\d\d  "
+    assert re.match(head + r"loss: [\d.]+ \([\d.]+\)  loss_ce: .*time: [\d.]+  data: [\d.]+", first), first
+    assert "[2/3]" in last and total.startswith("Epoch: [7] Total time: 0:0")
+
+
+def test_gradients_accumulate_to_the_mean_of_the_batches():
+    results = []
+    for accum, data in ((1, [batch(4)]), (2, [batch(2, 1), batch(2, 3)])):
+        model, criterion, _, _ = parts()
+        images = torch.cat([b[0].tensors for b in data])
+        torch.manual_seed(1)
+        images = torch.randint(0, 256, images.shape, dtype=torch.uint8)
+        data = [
+            (nested_tensor_from_tensor_list(part), t)
+            for part, (_, t) in zip(images.split(4 // accum), data, strict=True)
+        ]
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        train_one_epoch(model, criterion, data, optimizer, torch.device("cpu"), 0, accum_steps=accum)
+        results.append(model.bbox_embed.layers[-1].weight.detach().clone())
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-6)
+
+
+def test_an_incomplete_last_group_still_steps():
+    model, criterion, _, optimizer = parts()
+    steps = []
+    optimizer.register_step_post_hook(lambda *args: steps.append(1))
+    train_one_epoch(model, criterion, [batch()] * 5, optimizer, torch.device("cpu"), 0, accum_steps=2)
+    assert len(steps) == 3
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_weights_learn_from_it():
+    model, criterion, _, optimizer = parts()
+    with torch.no_grad():
+        model.bbox_embed.layers[-1].bias.fill_(float("nan"))
+    before = model.class_embed.weight.detach().clone()
+    with pytest.raises(
+        FloatingPointError, match=r"epoch 3, step 0, images \[5, 6\].*loss_bbox, loss_bbox_0, loss_giou, "
+    ) as caught:
+        train_one_epoch(model, criterion, [batch(2, 5)], optimizer, torch.device("cpu"), 3)
+    assert "loss_ce" not in str(caught.value) and torch.equal(before, model.class_embed.weight)
+
+
+def test_the_gradient_is_clipped():
+    model, criterion, _, _ = parts()
+    norms = []
+
+    class Watch(torch.optim.SGD):
+        def step(self, *args, **kwargs):
+            norms.append(nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None]).item())
+
+    train_one_epoch(model, criterion, [batch()], Watch(model.parameters(), lr=1), torch.device("cpu"), 0, 0.1)
+    train_one_epoch(model, criterion, [batch()], Watch(model.parameters(), lr=1), torch.device("cpu"), 0)
+    assert norms[0] == pytest.approx(0.1, rel=1e-3) and norms[1] > 1
+
+
+def test_bf16_runs_the_network_in_half_and_the_loss_in_float():
+    model, criterion, _, optimizer = parts()
+    seen = []
+    model.input_proj.register_forward_hook(lambda module, args, out: seen.append(out.dtype))
+    model.bbox_embed.register_forward_hook(lambda module, args, out: seen.append(out.dtype))
+    stats = train_one_epoch(model, criterion, [batch()], optimizer, torch.device("cpu"), 0, amp="bf16")
+    assert seen == [torch.bfloat16, torch.float32] and math.isfinite(stats["loss"])
+
+
+def test_a_batch_without_objects_trains():
+    model, criterion, _, optimizer = parts()
+    stats = train_one_epoch(model, criterion, [batch(objects=0)], optimizer, torch.device("cpu"), 0, 0.1)
+    assert stats["loss_bbox"] == 0 and stats["loss_ce"] > 0
+
+
+def test_evaluation_judges_every_image_at_its_original_size(coco_root):
+    from datasets import build_dataset, get_coco_api_from_dataset
+    from util.nested_tensor import collate_fn
+
+    dataset = build_dataset("val", parse(f"--coco_path {coco_root}"))
+    loader = [collate_fn([dataset[0], dataset[1]]), collate_fn([dataset[2]])]
+
+    class Oracle(nn.Module):
+        """Answers with the ground truth, whatever it is shown."""
+
+        def __init__(self):
+            super().__init__()
+            self.batches = iter(loader)
+
+        def forward(self, samples):
+            targets = next(self.batches)[1]
+            logits, boxes = torch.zeros(len(targets), 8, 5), torch.full((len(targets), 8, 4), 0.01)
+            logits[..., 4] = 20
+            for i, target in enumerate(targets):
+                for q, (label, box) in enumerate(zip(target["labels"], target["boxes"], strict=True)):
+                    logits[i, q, label], logits[i, q, 4], boxes[i, q] = 20, 0, box
+            return {"pred_logits": logits, "pred_boxes": boxes}
+
+    _, criterion, post, _ = parts("--no_aux_loss")
+    base_ds = get_coco_api_from_dataset(dataset)
+    stats, evaluator = evaluate(Oracle(), criterion, post, loader, base_ds, torch.device("cpu"), "")
+    assert stats["coco_eval_bbox"][0] == pytest.approx(1) and len(stats["coco_eval_bbox"]) == 12
+    assert stats["loss_bbox"] == pytest.approx(0, abs=1e-5) and stats["class_error"] < 100
+    assert set(evaluator.results) == {21, 22, 23}

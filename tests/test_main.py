@@ -1,0 +1,170 @@
+"""Whole runs, small: train, stop, resume, evaluate, and what is left on disk."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import main
+from tests.conftest import TINY, parse
+
+DATA = Path(__file__).parent / "data"
+
+
+def run(flags):
+    main.main(parse(flags))
+
+
+def test_flags_keep_the_published_names_and_defaults():
+    own = {a.option_strings[0]: [a.dest, a.default] for a in main.get_args_parser()._actions}
+    for flag, expected in json.loads((DATA / "flags.json").read_text()).items():
+        assert own[flag] == expected, flag
+
+
+def test_every_flag_is_explained_and_names_are_told_in_the_help():
+    assert all(action.help for action in main.get_args_parser()._actions)
+    text = subprocess.run([sys.executable, "main.py", "--help"], capture_output=True, text=True, check=True).stdout
+    assert "--coco_path" in text and "optimisation:" in text and "(default: 0.0001)" in text
+
+
+@pytest.mark.parametrize("flags, words", [
+    ("--frozen_weights x.pth", "add --masks"), ("--nheads 5", "--nheads 5"), ("--accum_steps 0", "--accum_steps 0"),
+    ("--resume auto", "--output_dir"), ("--min_size 900 --max_size 800", "--max_size 800"),
+    ("--hidden_dim 34 --nheads 2", "multiple of 4"), ("--batch_size 0", "--batch_size"), ("--num_queries 0", "queries"),
+    ("--backbone_norm batch --lr_backbone 0", "lr_backbone"), ("--eval_every 0", "--eval_every"),
+])  # fmt: skip
+def test_contradictions_are_refused_in_a_sentence(flags, words):
+    with pytest.raises(ValueError, match=words):
+        run(flags)
+
+
+def log_of(folder):
+    return [json.loads(line) for line in (folder / "log.txt").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A run of three epochs, and its flags."""
+    root = tmp_path_factory.mktemp("run")
+    from tests.conftest import write_coco
+
+    objects = [(11, 1, [4, 4, 20, 30], {}), (11, 3, [30, 10, 25, 25], {}), (12, 1, [10, 5, 30, 30], {})]
+    write_coco(root / "coco", "train", [11, 12, 13, 14], objects)
+    write_coco(root / "coco", "val", [11, 12, 13], objects)
+    flags = f"--coco_path {root}/coco --batch_size 2 --epochs 3 --lr_drop 2 --seed 3"
+    run(f"{flags} --output_dir {root}/whole")
+    return root, flags
+
+
+def test_a_run_leaves_log_checkpoints_curves_and_predictions(finished):
+    root, _ = finished
+    names = {str(p.relative_to(root / "whole")) for p in (root / "whole").rglob("*") if p.is_file()}
+    assert names == {
+        "checkpoint.pth", "checkpoint0001.pth", "checkpoint_best.pth", "log.txt", "curves.png",
+        "predictions_bbox.json", "eval/latest.pth", "eval/000.pth",
+    }  # fmt: skip
+    rows = log_of(root / "whole")
+    assert [row["epoch"] for row in rows] == [0, 1, 2]
+    assert len(rows[0]["test_coco_eval_bbox"]) == 12 and rows[0]["n_parameters"] > 0
+    assert rows[0]["train_lr"] == 1e-4 and rows[2]["train_lr"] == pytest.approx(1e-5)
+    checkpoint = torch.load(root / "whole" / "checkpoint.pth", weights_only=True)
+    assert {"model", "optimizer", "lr_scheduler", "epoch", "args"} <= set(checkpoint)
+    assert checkpoint["epoch"] == 2 and checkpoint["args"]["num_classes"] == 4
+    assert checkpoint["class_names"] == {1: "cat", 3: "dog"}
+
+
+def test_a_resumed_run_gives_the_same_bits(finished):
+    root, flags = finished
+    run(f"{flags} --output_dir {root}/halves --epochs 1")
+    torch.rand(7)  # whatever happens between the two
+    run(f"{flags} --output_dir {root}/halves --resume auto --num_workers 1")
+    ends = [torch.load(root / name / "checkpoint.pth", weights_only=True) for name in ("whole", "halves")]
+    for name, value in ends[0]["model"].items():
+        assert torch.equal(value, ends[1]["model"][name]), name
+    for whole, halves in zip(log_of(root / "whole"), log_of(root / "halves"), strict=True):
+        assert whole == halves
+
+
+def test_resume_auto_starts_anew_where_there_is_nothing(finished, tmp_path):
+    _, flags = finished
+    run(f"{flags} --epochs 1 --output_dir {tmp_path} --resume auto")
+    assert len(log_of(tmp_path)) == 1
+
+
+def test_evaluating_a_checkpoint_gives_the_ap_it_was_saved_with(finished, tmp_path):
+    root, flags = finished
+    run(f"{flags} --eval --resume {root}/whole/checkpoint.pth --output_dir {tmp_path} --batch_size 3")
+    assert {p.name for p in tmp_path.iterdir()} == {"eval.pth", "predictions_bbox.json"}
+    precision = torch.load(tmp_path / "eval.pth", weights_only=True)["precision"]
+    ap = precision[:, :, :, 0, -1]
+    assert ap[ap > -1].mean().item() == pytest.approx(log_of(root / "whole")[-1]["test_coco_eval_bbox"][0])
+
+
+def test_without_padding_batch_size_does_not_change_the_predictions(finished, tmp_path):
+    from tests.conftest import write_coco
+
+    root, flags = finished
+    for part, ids, sizes in (("train", [1, 2], (48, 64)), ("val", [1, 2, 3], (48, 64))):
+        write_coco(tmp_path / "c", part, ids, [(1, 1, [4, 4, 20, 30], {})], sizes=sizes)
+    from PIL import Image
+
+    path = tmp_path / "c" / "annotations" / "instances_val2017.json"
+    content = json.loads(path.read_text())
+    content["images"][1].update(width=40)
+    path.write_text(json.dumps(content))
+    image = tmp_path / "c" / "val2017" / "000000000002.jpg"
+    Image.open(image).crop((0, 0, 40, 48)).save(image)
+    rows = []
+    for size in (1, 3):
+        out = tmp_path / f"out{size}"
+        run(
+            f"{flags} --coco_path {tmp_path}/c --num_classes 4 --eval --resume {root}/whole/checkpoint.pth "
+            f"--eval_padding_free --batch_size {size} --output_dir {out}"
+        )
+        rows.append(json.loads((out / "predictions_bbox.json").read_text()))
+    for a, b in zip(*rows, strict=True):
+        assert a["image_id"] == b["image_id"] and a["bbox"] == pytest.approx(b["bbox"], abs=1e-3)
+
+
+def test_evaluation_only_now_and_then(finished, tmp_path):
+    _, flags = finished
+    run(f"{flags} --output_dir {tmp_path} --eval_every 2")
+    assert ["test_loss" in row for row in log_of(tmp_path)] == [False, True, True]
+
+
+def test_nothing_is_downloaded_for_a_backbone_that_the_checkpoint_brings(finished, monkeypatch, tmp_path):
+    root, flags = finished
+    monkeypatch.setattr("torch.hub.download_url_to_file", lambda *a, **k: pytest.fail("downloaded"))
+    run(f"{flags} --eval --resume {root}/whole/checkpoint.pth --backbone_weights imagenet")
+
+
+def test_compiled_weights_keep_their_names(finished, monkeypatch, tmp_path):
+    compiled = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: compiled.append(self))
+    _, flags = finished
+    run(f"{flags} --epochs 1 --compile --output_dir {tmp_path}")
+    assert compiled and all("_orig_mod" not in n for n in torch.load(tmp_path / "checkpoint.pth")["model"])
+
+
+def test_the_command_line_runs_without_warnings(finished, tmp_path):
+    root, flags = finished
+    command = [sys.executable, "-W", "error::UserWarning", "-W", "error::FutureWarning", "main.py", *TINY.split()]
+    done = subprocess.run(
+        [*command, *flags.split(), "--epochs", "1", "--device", "cuda"], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert "Warning" not in done.stderr and "Epoch: [0]  [0/2]" in done.stdout
+    if not torch.cuda.is_available():
+        assert "no GPU here" in done.stdout
+
+
+def test_a_wrong_path_ends_with_its_sentence(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "main.py", *TINY.split(), "--coco_path", str(tmp_path / "nowhere")],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode != 0 and "nowhere: no such folder" in done.stderr

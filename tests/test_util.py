@@ -1,0 +1,102 @@
+import argparse
+import json
+
+import pytest
+import torch
+
+import util.misc as utils
+from util import plot_utils
+from util.dist import init_distributed_mode, pick_device, process_info_from_environment, reduce_dict
+from util.logger import MetricLogger, SmoothedValue
+
+
+def test_smoothed_value_keeps_a_window_and_the_whole():
+    value = SmoothedValue(window_size=3)
+    for number in (1.0, 2.0, 3.0, 10.0):
+        value.update(number)
+    value.update(4.0, n=2)
+    assert (value.median, value.avg, value.max, value.value) == (4, 17 / 3, 10, 4)
+    assert value.global_avg == pytest.approx(24 / 6)
+    assert str(value) == "4.0000 (4.0000)" and str(SmoothedValue()) == "-"
+
+
+def test_metric_logger_takes_tensors_and_yields_everything(caplog):
+    metrics = MetricLogger()
+    for i in metrics.log_every(range(5), 2, "Head:"):
+        metrics.update(loss=torch.tensor(float(i)), lr=0.1)
+    assert metrics.averages() == {"loss": 2, "lr": pytest.approx(0.1)}
+    assert list(metrics.log_every([], 1, "Nothing:")) == []
+
+
+def test_the_launcher_is_read_from_the_environment(monkeypatch):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("SLURM_PROCID", "0")
+    monkeypatch.setenv("SLURM_NTASKS", "1")
+    assert not init_distributed_mode("cpu").distributed, "an interactive shell on a cluster"
+    monkeypatch.setenv("SLURM_NTASKS", "4")
+    monkeypatch.setenv("SLURM_PROCID", "3")
+    monkeypatch.setenv("SLURM_LOCALID", "1")
+    info = process_info_from_environment()
+    assert (info.rank, info.world_size, info.local_rank, info.distributed) == (3, 4, 1, True)
+    monkeypatch.setenv("RANK", "2")
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    assert process_info_from_environment().world_size == 8
+
+
+def test_the_old_address_still_works(monkeypatch):
+    for name in ("RANK", "WORLD_SIZE", "SLURM_NTASKS"):
+        monkeypatch.delenv(name, raising=False)
+    args = argparse.Namespace(device="cpu", dist_url="env://")
+    utils.init_distributed_mode(args)
+    assert not args.distributed and args.rank == 0
+    assert utils.get_world_size() == 1 and utils.is_main_process() and utils.all_gather("x") == ["x"]
+    assert utils.get_sha().startswith("sha: ")
+    assert reduce_dict({"a": torch.ones(1)}) == {"a": torch.ones(1)}
+    assert all(hasattr(utils, name) for name in utils.__all__)
+
+
+def test_accuracy_in_percent():
+    output = torch.tensor([[0.1, 0.9, 0.0], [0.8, 0.05, 0.15], [0.3, 0.3, 0.4], [0.2, 0.5, 0.3]])
+    top1, top2 = utils.accuracy(output, torch.tensor([1, 2, 2, 0]), topk=(1, 2))
+    assert top1.item() == 50 and top2.item() == 75
+    assert utils.accuracy(torch.zeros(0, 3), torch.zeros(0, dtype=torch.int64))[0].item() == 0
+
+
+def test_the_cpu_stands_in_for_a_gpu_that_is_not_there(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert pick_device("cuda").type == "cpu"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert pick_device("cuda", 3) == torch.device("cuda:3") and pick_device("cuda:1", 3) == torch.device("cuda:1")
+
+
+def test_logs_are_drawn_also_with_gaps_and_a_torn_last_line(tmp_path):
+    rows = [
+        {"epoch": e, "train_loss": 9.0 - e, "test_loss": 8.0, "test_coco_eval_bbox": [0.1 * e] * 12} for e in range(4)
+    ]
+    del rows[1]["test_coco_eval_bbox"]
+    (tmp_path / "log.txt").write_text("\n".join(map(json.dumps, rows)) + '\n{"epoch": 4, "tr')
+    _, axes = plot_utils.plot_logs(tmp_path, ("loss", "mAP", "absent"))
+    assert [len(axis.lines) for axis in axes] == [2, 1, 0]
+    assert axes[1].lines[0].get_xdata().tolist() == [0, 2, 3]
+    assert axes[0].lines[0].get_ydata().tolist() == [9, 8, 7, 6]
+    _, axes = plot_utils.plot_logs([tmp_path, tmp_path], ("loss",), ewm_col=1)
+    assert axes[0].lines[0].get_ydata()[1] == pytest.approx((8 + 9 * 0.5) / 1.5)
+    plot_utils.draw_curves(tmp_path)
+    assert (tmp_path / "curves.png").stat().st_size > 1000
+    plot_utils.plt.close("all")
+    with pytest.raises(FileNotFoundError, match="elsewhere"):
+        plot_utils.plot_logs(tmp_path / "elsewhere")
+
+
+def test_precision_over_recall_leaves_out_classes_without_objects(tmp_path):
+    precision = torch.zeros(10, 101, 3, 4, 3)
+    precision[0, :, 0, 0, -1], precision[0, :, 1, 0, -1], precision[0, :, 2, 0, -1] = 1.0, 0.5, -1
+    data = {"precision": precision, "scores": precision, "recall_thresholds": torch.linspace(0, 1, 101)}
+    (tmp_path / "exp" / "eval").mkdir(parents=True)
+    torch.save(data, tmp_path / "exp" / "eval" / "latest.pth")
+    _, axes = plot_utils.plot_precision_recall([tmp_path / "exp" / "eval" / "latest.pth"], "exp_id")
+    assert axes[0].lines[0].get_label() == "exp: AP50 75.0" and axes[0].lines[0].get_ydata()[5] == 0.75
+    plot_utils.plt.close("all")
+    with pytest.raises(ValueError, match="iter or exp_id"):
+        plot_utils.plot_precision_recall([], "other")
