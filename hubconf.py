@@ -17,6 +17,7 @@ from torch import nn
 from models.backbone import Backbone, Joiner
 from models.detr import DETR, PostProcess
 from models.position_encoding import PositionEmbeddingSine
+from models.segmentation import DETRsegm, PostProcessPanoptic
 from models.transformer import Transformer
 from util.checkpoint import load_checkpoint, load_model
 from util.finetune import finetune
@@ -89,8 +90,6 @@ def _detector(backbone: str, dilation: bool, file: str, pretrained, num_classes:
 def _segmenter(
     backbone: str, dilation: bool, file: str, pretrained, num_classes: int, threshold: float, return_postprocessor: bool
 ):
-    from models.segmentation import DETRsegm, PostProcessPanoptic
-
     model = DETRsegm(_detr(backbone, dilation, num_classes, masks=True))
     _load(model, file, pretrained)
     is_thing = {i: i <= LAST_THING for i in range(num_classes)}

@@ -2,6 +2,7 @@
 
 python main.py --coco_path /data/coco --output_dir runs/r50          # the published recipe
 python main.py --coco_path /data/coco --eval --resume FILE_OR_URL    # AP of a checkpoint
+python main.py --coco_path /data/coco --masks --frozen_weights FILE  # masks on top of a trained detector
 """
 
 import argparse
@@ -98,7 +99,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--dataset_file", default="coco", help=f"one of: {', '.join(datasets.DATASETS)}")
     add("--coco_path", type=str,
         help="folder with train2017/, val2017/ and annotations/ (shapes: where to write them)")
-    add("--coco_panoptic_path", type=str, help="folder with COCO's panoptic annotations")
+    add("--coco_panoptic_path", type=str,
+        help="folder with panoptic_train2017/, panoptic_val2017/ and annotations/; default: --coco_path")
     add("--remove_difficult", action="store_true", help="accepted for old scripts; has never had an effect")
     for part in ("train", "val"):
         add(f"--{part}_images", help=f"folder of the {part} images, where the layout is not COCO's")
@@ -178,7 +180,7 @@ class Run:
     args: argparse.Namespace
     class_names: dict[int, str]
     epoch: int  # the next to train
-    best: float = -1.0  # AP of the best epoch so far
+    best: float = -1.0  # AP (or PQ) of the best epoch so far
 
     def state(self) -> dict:
         """Tensors and plain Python, for every process to call (the generators of all are in it)."""
@@ -224,6 +226,7 @@ def main(args) -> None:
     args.num_classes = args.num_classes or (train_set and train_set.num_classes)
     val_set = build_dataset("val", args)
     args.num_classes = args.num_classes or val_set.num_classes
+    args.thing_classes = getattr(val_set, "thing_classes", None)
     val_loader = build_val_loader(val_set, args, device)
     base_ds = get_coco_api_from_dataset(val_set) if is_main_process() else None
 
@@ -279,7 +282,8 @@ def build_parts(args, device: torch.device, resume: str | Path | None) -> tuple:
     """Build model, criterion and post-processors on the device; with `resume`, load its weights, return its state."""
     checkpoint = load_checkpoint(resume) if resume else None
     # A run that goes on has its own weights already: what it was begun from no longer matters.
-    origin = load_checkpoint(args.finetune) if args.finetune and not checkpoint else None
+    begun_from = args.finetune or args.frozen_weights
+    origin = load_checkpoint(begun_from) if begun_from and not checkpoint else None
     # A checkpoint holds the backbone too: nothing is downloaded to be overwritten.
     weights = "none" if checkpoint or origin else args.backbone_weights
     parts = argparse.Namespace(**{**vars(args), "backbone_weights": weights, "device": str(device)})
@@ -287,8 +291,12 @@ def build_parts(args, device: torch.device, resume: str | Path | None) -> tuple:
     if checkpoint:
         load_model(model, checkpoint, str(resume))
         logger.info(f"weights from {resume}")
-    elif origin:
-        logger.info("\n  ".join(finetune(model, origin["model"], args.finetune)))
+    elif args.finetune:
+        logger.info("
+  ".join(finetune(model, origin["model"], args.finetune)))
+    elif args.frozen_weights:
+        load_model(model.detr, origin, args.frozen_weights)
+        logger.info(f"detector from {args.frozen_weights}, frozen: only the mask head trains")
     elif args.eval:
         logger.warning("evaluating a model that was never trained: --resume names its checkpoint")
     model.to(device)
@@ -347,7 +355,7 @@ def distribute(model: nn.Module, processes, device: torch.device) -> nn.Module:
 
 def leave_behind(output_dir: Path, run: Run, log: dict, evaluator: CocoEvaluator | None) -> None:
     """Write an epoch's checkpoints, log line, curves and evaluation. Every process calls it, the main one writes."""
-    epoch, best = log["epoch"], log.get("test_coco_eval_bbox", [-1.0])[0]
+    epoch, best = log["epoch"], judged(log)
     paths = [output_dir / "checkpoint.pth"]
     if run.epoch % run.args.lr_drop == 0 or run.epoch % 100 == 0:
         paths.append(output_dir / f"checkpoint{epoch:04}.pth")
@@ -366,6 +374,13 @@ def leave_behind(output_dir: Path, run: Run, log: dict, evaluator: CocoEvaluator
         (output_dir / "eval").mkdir(exist_ok=True)
         files = [output_dir / "eval" / "latest.pth"] + [output_dir / "eval" / f"{epoch:03}.pth"] * (epoch % 50 == 0)
         save_checkpoint(curves(evaluator.coco_eval["bbox"]), *files)
+
+
+def judged(log: dict) -> float:
+    """Return what epochs are compared by: PQ where there is one, else AP of masks, else AP of boxes; -1 for nothing."""
+    if "test_PQ_all" in log:
+        return log["test_PQ_all"]["pq"]
+    return log.get("test_coco_eval_masks", log.get("test_coco_eval_bbox", [-1.0]))[0]
 
 
 if __name__ == "__main__":

@@ -21,6 +21,8 @@ from datasets.images import read_image
 from datasets.transforms import resize
 from main import get_args_parser
 from models import build_model
+from models.detr import PostProcess
+from models.segmentation import PostProcessSegm
 from util.checkpoint import load_checkpoint, load_model
 from util.dist import pick_device
 from util.draw import class_colour, draw_boxes, draw_masks, draw_segments, fit
@@ -135,9 +137,7 @@ class Predictor:
         model, read_out = entry(pretrained=file or True, num_classes=classes, return_postprocessor=True)
         postprocessors = {"bbox": read_out}
         if "panoptic" in name:
-            from models.segmentation import PostProcessSegm
-
-            postprocessors = {"bbox": hubconf.PostProcess(), "segm": PostProcessSegm(), "panoptic": read_out}
+            postprocessors = {"bbox": PostProcess(), "segm": PostProcessSegm(), "panoptic": read_out}
         names = class_names or (COCO_NAMES if classes in COCO_CLASSES else {})
         return cls(model, postprocessors, names, device=device)
 
