@@ -292,8 +292,7 @@ def build_parts(args, device: torch.device, resume: str | Path | None) -> tuple:
         load_model(model, checkpoint, str(resume))
         logger.info(f"weights from {resume}")
     elif args.finetune:
-        logger.info("
-  ".join(finetune(model, origin["model"], args.finetune)))
+        logger.info("\n  ".join(finetune(model, origin["model"], args.finetune)))
     elif args.frozen_weights:
         load_model(model.detr, origin, args.frozen_weights)
         logger.info(f"detector from {args.frozen_weights}, frozen: only the mask head trains")
