@@ -26,6 +26,15 @@ def load(name, **options):
     return torch.hub.load(str(ROOT), name, source="local", **options)
 
 
+def test_the_panoptic_read_out_knows_cocos_things_and_its_threshold():
+    model, read_out = load("detr_resnet50_panoptic", return_postprocessor=True, threshold=0.5)
+    assert read_out.threshold == 0.5
+    assert [i for i in range(250) if read_out.is_thing_map[i]] == list(range(91))
+    with torch.no_grad():
+        outputs = model.eval()([torch.zeros(3, 64, 64, dtype=torch.uint8)])
+    assert outputs["pred_masks"].shape == (1, 100, 16, 16)
+
+
 @pytest.fixture(scope="module")
 def official(tmp_path_factory):
     """Our own weights in a file like the published ones: an argparse Namespace beside them. (file, state dict)."""

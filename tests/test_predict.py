@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
+import hubconf
 import main as training
 from models import build_model
 from tests.conftest import parse
@@ -93,6 +94,17 @@ def test_an_official_checkpoint_with_a_namespace_is_rebuilt(tmp_path):
     torch.save({"model": state["model"], "args": argparse.Namespace(**old), "epoch": 499}, path)
     predictor = Predictor.from_checkpoint(path, device="cpu")
     assert predictor.model.class_embed.out_features == 92 and predictor.class_names[18] == "dog"
+
+
+def test_a_published_model_by_name_with_a_local_file(coco_root, tmp_path):
+    torch.manual_seed(0)
+    torch.save({"model": hubconf.detr_resnet50_panoptic().state_dict()}, tmp_path / "bare.pth")
+    predictor = Predictor.from_hub("detr_resnet50_panoptic", tmp_path / "bare.pth", device="cpu")
+    assert predictor.class_names[200] == "rug-merged" and predictor.min_size == 800
+    predictor.min_size = 64
+    assert predictor(coco_root / "val2017" / "000000000021.jpg").kinds == ["boxes", "masks", "panoptic"]
+    with pytest.raises(ValueError, match="no model 'detr': choose one of detr_resnet50"):
+        Predictor.from_hub("detr")
 
 
 def test_names_come_from_an_annotation_file(coco_root, checkpoint, tmp_path):
