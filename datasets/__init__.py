@@ -6,8 +6,8 @@ from datasets import coco, coco_panoptic, shapes
 
 DATASETS = {
     "coco": coco.build,
-    "coco_panoptic": coco_panoptic.build,
     "shapes": shapes.build,
+    "coco_panoptic": coco_panoptic.build,
     "shapes_panoptic": shapes.build,
 }
 
