@@ -71,7 +71,9 @@ class Found:
             ids = [segment["id"] for segment in self.segments]
             names = [self.name(segment["category_id"]) for segment in self.segments]
             colours = [class_colour(s["category_id"], i if s["isthing"] else 0) for i, s in enumerate(self.segments)]
-            return draw_segments(picture, self.segment_ids, ids, names, colours)
+            picture, _ = fit(picture, max(SMALL, *picture.size))
+            nearest = Image.fromarray(self.segment_ids.astype(np.int32)).resize(picture.size, Image.Resampling.NEAREST)
+            return draw_segments(picture, np.array(nearest), ids, names, colours)
         labels = self.labels.tolist()
         colours = [class_colour(label) for label in labels]
         if kind == "masks":
