@@ -51,11 +51,18 @@ def test_layers_that_only_one_of_the_two_has_are_listed():
     assert "begun anew, absent there or of another size: 18 entries, transformer.decoder.layers.2" in told
 
 
-def test_a_mask_models_prefix_is_bridged():
-    origin, model = small("--num_classes 4"), small("--num_classes 4 ")
-    prefixed = {f"detr.{name}": value for name, value in origin.state_dict().items()}
-    assert len(finetune(model, prefixed, "masks.pth")) == 1
-    assert torch.equal(model.query_embed.weight, origin.query_embed.weight)
+def test_box_and_mask_models_take_each_others_weights():
+    width = "--num_classes 4 --hidden_dim 128 --nheads 8"
+    boxes, masks = small(width), small(f"{width} --masks")
+    told = finetune(boxes, masks.state_dict(), "masks.pth")
+    assert (
+        told[0].startswith("fine-tuning from masks.pth") and "not used, no place for them here: 32 entries" in told[1]
+    )
+    assert torch.equal(boxes.query_embed.weight, masks.detr.query_embed.weight)
+    masks = small(f"{width}  --masks ")
+    told = finetune(masks, boxes.state_dict(), "boxes.pth")
+    assert "begun anew, absent there or of another size: 32 entries, bbox_attention" in told[1]
+    assert torch.equal(boxes.query_embed.weight, masks.detr.query_embed.weight)
 
 
 def test_another_backbone_is_refused():

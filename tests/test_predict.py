@@ -107,13 +107,12 @@ def test_a_published_model_by_name_with_a_local_file(coco_root, tmp_path):
         Predictor.from_hub("detr")
 
 
-def test_names_come_from_an_annotation_file(coco_root, checkpoint, tmp_path):
+def test_names_come_from_an_annotation_file(coco_root, checkpoint):
     path = coco_root / "annotations" / "instances_val2017.json"
     content = json.loads(path.read_text())
     content["categories"][0]["name"] = "tiger"
     path.write_text(json.dumps(content))
-    args = predict.get_args_parser().parse_args(["x", "--checkpoint", str(checkpoint), "--annotations", str(path)])
-    assert predict.load_predictor(args).class_names == {1: "tiger", 3: "dog"}
+    assert predict.load_predictor(checkpoint, None, path, "cpu").class_names == {1: "tiger", 3: "dog"}
 
 
 def test_ids_and_file_names(tmp_path, coco_root):

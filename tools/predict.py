@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from datasets.coco_index import read_coco_index
-from datasets.images import read_image
+from datasets.images import read_image, to_rgb
 from tools.predictor import HUB_NAMES, Found, Predictor
 from util.draw import fit
 from util.tool import exit_status
@@ -80,6 +80,12 @@ def image_ids(paths: Sequence[Path], annotations: str | None) -> list[int]:
     if len(set(stems)) == len(stems) and all(stem.isascii() and stem.isdigit() for stem in stems):
         return [int(stem) for stem in stems]
     return list(range(1, len(paths) + 1))
+
+
+def turned(path: Path) -> Image.Image:
+    """Read a photograph the way up that its EXIF tag says."""
+    with Image.open(path) as image:
+        return to_rgb(ImageOps.exif_transpose(image))
 
 
 def coco_records(found: Found, image_id: int, path: Path) -> list[dict]:
@@ -165,18 +171,14 @@ class Folder:
         (self.path / "sheet.html").write_text(page(self.figures, title), encoding="utf-8")
 
 
-def load_predictor(args) -> Predictor:
-    """Build the predictor the flags ask for."""
-    if not (args.checkpoint or args.model):
+def load_predictor(checkpoint: str | None, model: str | None, annotations: str | None, device: str) -> Predictor:
+    """Build the predictor of a checkpoint, a published model, or a published model with the weights of a checkpoint."""
+    if not (checkpoint or model):
         raise ValueError(f"which model? Give --checkpoint FILE, or --model, one of {', '.join(HUB_NAMES)}")
-    names = read_coco_index(args.annotations).categories if args.annotations else None
-    if args.model:
-        predictor = Predictor.from_hub(args.model, args.checkpoint, args.device, names)
-    else:
-        predictor = Predictor.from_checkpoint(args.checkpoint, args.device, names)
-    predictor.min_size = args.min_size or predictor.min_size
-    predictor.max_size = args.max_size or max(predictor.max_size, predictor.min_size)
-    return predictor
+    names = read_coco_index(annotations).categories if annotations else None
+    if model:
+        return Predictor.from_hub(model, checkpoint, device, names)
+    return Predictor.from_checkpoint(checkpoint, device, names)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -187,15 +189,17 @@ def main(argv: list[str] | None = None) -> int:
     if inside:
         raise ValueError(f"{inside[0]} lies in --output {args.output}, which would be written over: choose another")
     ids = image_ids(paths, args.annotations)
-    predictor = load_predictor(args)
+    predictor = load_predictor(args.checkpoint, args.model, args.annotations, args.device)
+    predictor.min_size = args.min_size or predictor.min_size
+    predictor.max_size = max(args.max_size or predictor.max_size, predictor.min_size)
     folder = Folder(args.output)
     width = min(max(len(path.name) for path in paths), 40)
     print(f"{'image':{width}}  objects  what")
     counts, failed = Counter(), 0
     for path, image_id in zip(tqdm(paths, disable=None, leave=False), ids, strict=True):
         try:
-            image = ImageOps.exif_transpose(Image.open(path)) if args.upright else read_image(path)
-        except (OSError, ValueError) as error:
+            image = turned(path) if args.upright else read_image(path)
+        except (OSError, ValueError, SyntaxError) as error:
             tqdm.write(f"error: {error}", file=sys.stderr)
             failed += 1
             continue

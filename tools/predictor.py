@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import hubconf
 from datasets.coco_names import COCO_NAMES
-from datasets.images import read_image
+from datasets.images import read_image, to_rgb
 from datasets.transforms import resize
 from main import get_args_parser
 from models import build_model
@@ -150,7 +150,7 @@ class Predictor:
         Objects score at least `threshold` (0.5); segments of a panoptic map more than it (its own, 0.85).
         """
         if isinstance(image, Image.Image):
-            image = torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
+            image = torch.from_numpy(np.array(to_rgb(image))).permute(2, 0, 1)
         elif not isinstance(image, Tensor):
             image = read_image(image)
         height, width = image.shape[-2:]
