@@ -3,11 +3,14 @@
 import math
 from collections.abc import Iterable
 from contextlib import nullcontext
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import Subset
 
 from datasets.coco_eval import CocoEvaluator
+from datasets.panoptic_eval import PanopticEvaluator
 from util.logger import MetricLogger, SmoothedValue
 
 AMP_TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -83,31 +86,55 @@ def evaluate(
     """Run the model over the data and judge it by COCO's protocol, at the images' original sizes.
 
     `base_ds` is the annotation index as pycocotools builds it (needed on the main process only). Returns the averaged
-    losses with, on the main process, `coco_eval_bbox` (COCO's twelve numbers), and the evaluator.
+    losses with, on the main process, `coco_eval_bbox` (COCO's twelve numbers), and the evaluator. Where the
+    post-processors read out masks, `coco_eval_masks` is the same for them; where they read out panoptic maps, `PQ_all`,
+    `PQ_th` and `PQ_st` are their quality, and the maps are in `output_dir`/panoptic_eval.
     """
     model.eval()
     criterion.eval()
     metrics = MetricLogger()
     metrics.add_meter("class_error", SmoothedValue(window_size=1, fmt="{value:.2f}"))
     evaluator = CocoEvaluator(base_ds, [name for name in ("segm", "bbox") if name in postprocessors], coco_backend)
+    panoptic = panoptic_evaluator(data_loader, output_dir) if "panoptic" in postprocessors else None
     for samples, targets in metrics.log_every(data_loader, print_freq, "Test:"):
         ids = [int(target["image_id"]) for target in targets]
-        original_sizes = torch.stack([target["orig_size"] for target in targets])
+        original_sizes, sizes = (torch.stack([target[name] for target in targets]) for name in ("orig_size", "size"))
         samples = samples.to(device, non_blocking=True)
         targets = to_device(targets, device)
         with autocast(device, amp):
             outputs = model(samples)
         metrics.update(**loss_values(criterion(outputs, targets), criterion.weight_dict))
         results = postprocessors["bbox"](outputs, original_sizes.to(device, non_blocking=True))
+        if "segm" in postprocessors:
+            results = postprocessors["segm"](results, outputs, original_sizes, sizes)
         evaluator.update(dict(zip(ids, results, strict=True)))
+        if panoptic:
+            padded = samples.tensors.shape[-2:]
+            maps = postprocessors["panoptic"](outputs, sizes, original_sizes, padded_size=padded, first_id=1)
+            panoptic.update({**found, "image_id": image_id} for image_id, found in zip(ids, maps, strict=True))
     metrics.synchronize_between_processes()
     evaluator.synchronize_between_processes()
     evaluator.accumulate()
     evaluator.summarize()
     stats = metrics.averages()
-    if "bbox" in evaluator.coco_eval:
-        stats["coco_eval_bbox"] = [float(number) for number in evaluator.coco_eval["bbox"].stats]
+    for iou_type, name in (("bbox", "coco_eval_bbox"), ("segm", "coco_eval_masks")):
+        if iou_type in evaluator.coco_eval:
+            stats[name] = [float(number) for number in evaluator.coco_eval[iou_type].stats]
+    if panoptic:
+        panoptic.synchronize_between_processes()
+        quality = panoptic.summarize() or {}
+        names = {"All": "PQ_all", "Things": "PQ_th", "Stuff": "PQ_st"}
+        stats |= {name: quality[group] for group, name in names.items() if group in quality}
     return stats, evaluator
+
+
+def panoptic_evaluator(data_loader: Iterable, output_dir: str) -> PanopticEvaluator:
+    """Build the judge of panoptic maps for the loader's dataset (or the one a Subset was taken from)."""
+    dataset = data_loader.dataset
+    while isinstance(dataset, Subset):
+        dataset = dataset.dataset
+    folder = Path(output_dir) / "panoptic_eval" if output_dir else None
+    return PanopticEvaluator(dataset.ann_file, dataset.ann_folder, folder)
 
 
 def check_finite(values: dict[str, float], where: str) -> None:

@@ -2,6 +2,7 @@
 
 python main.py --coco_path /data/coco --output_dir runs/r50          # the published recipe
 python main.py --coco_path /data/coco --eval --resume FILE_OR_URL    # AP of a checkpoint
+python main.py --coco_path /data/coco --masks --frozen_weights FILE  # masks on top of a trained detector
 """
 
 import argparse
@@ -33,6 +34,7 @@ from util.checkpoint import (
     versions,
 )
 from util.dist import all_gather, get_rank, get_world_size, init_distributed_mode, is_main_process, pick_device
+from util.finetune import finetune
 from util.logger import logger
 from util.misc import get_sha
 from util.nested_tensor import collate_fn
@@ -97,7 +99,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--dataset_file", default="coco", help=f"one of: {', '.join(datasets.DATASETS)}")
     add("--coco_path", type=str,
         help="folder with train2017/, val2017/ and annotations/ (shapes: where to write them)")
-    add("--coco_panoptic_path", type=str, help="folder with COCO's panoptic annotations")
+    add("--coco_panoptic_path", type=str,
+        help="folder with panoptic_train2017/, panoptic_val2017/ and annotations/; default: --coco_path")
     add("--remove_difficult", action="store_true", help="accepted for old scripts; has never had an effect")
     for part in ("train", "val"):
         add(f"--{part}_images", help=f"folder of the {part} images, where the layout is not COCO's")
@@ -117,6 +120,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--seed", default=42, type=int, help="seed of weights, data order and augmentation")
     add("--resume", default="",
         help="checkpoint to go on from (file or URL), or auto: the newest in --output_dir, if any")
+    add("--finetune", default="", metavar="FILE_OR_URL",
+        help="checkpoint to begin from: its weights where they fit, epoch 0, a new optimizer")
     add("--start_epoch", default=0, type=int, metavar="N", help="first epoch; a resumed run knows its own")
     add("--eval", action="store_true", help="evaluate only")
     add("--eval_every", default=1, type=int, help="evaluate after every so many epochs, and after the last")
@@ -153,6 +158,9 @@ def check_flags(args) -> None:
         (args.lr_drop < 1, f"--lr_drop {args.lr_drop}: at least 1"),
         (args.max_size < args.min_size, f"--max_size {args.max_size} is below --min_size {args.min_size}"),
         (args.resume == "auto" and not args.output_dir, "--resume auto looks in --output_dir: give one"),
+        (args.finetune and args.resume not in ("", "auto"), "--finetune begins a run, --resume goes on: choose one"),
+        (args.finetune and args.frozen_weights, "--finetune and --frozen_weights both bring weights: choose one"),
+        (args.finetune and args.eval, "--finetune is for training; --eval takes a whole model: use --resume"),
         (args.eval and args.frozen_weights, "--eval takes a whole model: use --resume, not --frozen_weights"),
         (args.backbone_norm == "batch" and not args.lr_backbone, "--backbone_norm batch trains: --lr_backbone is 0"),
     ]  # fmt: skip
@@ -172,7 +180,7 @@ class Run:
     args: argparse.Namespace
     class_names: dict[int, str]
     epoch: int  # the next to train
-    best: float = -1.0  # AP of the best epoch so far
+    best: float = -1.0  # AP (or PQ) of the best epoch so far
 
     def state(self) -> dict:
         """Tensors and plain Python, for every process to call (the generators of all are in it)."""
@@ -218,6 +226,7 @@ def main(args) -> None:
     args.num_classes = args.num_classes or (train_set and train_set.num_classes)
     val_set = build_dataset("val", args)
     args.num_classes = args.num_classes or val_set.num_classes
+    args.thing_classes = getattr(val_set, "thing_classes", None)
     val_loader = build_val_loader(val_set, args, device)
     base_ds = get_coco_api_from_dataset(val_set) if is_main_process() else None
 
@@ -272,13 +281,21 @@ def main(args) -> None:
 def build_parts(args, device: torch.device, resume: str | Path | None) -> tuple:
     """Build model, criterion and post-processors on the device; with `resume`, load its weights, return its state."""
     checkpoint = load_checkpoint(resume) if resume else None
+    # A run that goes on has its own weights already: what it was begun from no longer matters.
+    begun_from = args.finetune or args.frozen_weights
+    origin = load_checkpoint(begun_from) if begun_from and not checkpoint else None
     # A checkpoint holds the backbone too: nothing is downloaded to be overwritten.
-    weights = "none" if checkpoint else args.backbone_weights
+    weights = "none" if checkpoint or origin else args.backbone_weights
     parts = argparse.Namespace(**{**vars(args), "backbone_weights": weights, "device": str(device)})
     model, criterion, postprocessors = build_model(parts)
     if checkpoint:
         load_model(model, checkpoint, str(resume))
         logger.info(f"weights from {resume}")
+    elif args.finetune:
+        logger.info("\n  ".join(finetune(model, origin["model"], args.finetune)))
+    elif args.frozen_weights:
+        load_model(model.detr, origin, args.frozen_weights)
+        logger.info(f"detector from {args.frozen_weights}, frozen: only the mask head trains")
     elif args.eval:
         logger.warning("evaluating a model that was never trained: --resume names its checkpoint")
     model.to(device)
@@ -337,7 +354,7 @@ def distribute(model: nn.Module, processes, device: torch.device) -> nn.Module:
 
 def leave_behind(output_dir: Path, run: Run, log: dict, evaluator: CocoEvaluator | None) -> None:
     """Write an epoch's checkpoints, log line, curves and evaluation. Every process calls it, the main one writes."""
-    epoch, best = log["epoch"], log.get("test_coco_eval_bbox", [-1.0])[0]
+    epoch, best = log["epoch"], judged(log)
     paths = [output_dir / "checkpoint.pth"]
     if run.epoch % run.args.lr_drop == 0 or run.epoch % 100 == 0:
         paths.append(output_dir / f"checkpoint{epoch:04}.pth")
@@ -356,6 +373,13 @@ def leave_behind(output_dir: Path, run: Run, log: dict, evaluator: CocoEvaluator
         (output_dir / "eval").mkdir(exist_ok=True)
         files = [output_dir / "eval" / "latest.pth"] + [output_dir / "eval" / f"{epoch:03}.pth"] * (epoch % 50 == 0)
         save_checkpoint(curves(evaluator.coco_eval["bbox"]), *files)
+
+
+def judged(log: dict) -> float:
+    """Return what epochs are compared by: PQ where there is one, else AP of masks, else AP of boxes; -1 for nothing."""
+    if "test_PQ_all" in log:
+        return log["test_PQ_all"]["pq"]
+    return log.get("test_coco_eval_masks", log.get("test_coco_eval_bbox", [-1.0]))[0]
 
 
 if __name__ == "__main__":

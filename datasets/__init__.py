@@ -2,9 +2,14 @@
 
 from torch.utils.data import Dataset, Subset
 
-from datasets import coco, shapes
+from datasets import coco, coco_panoptic, shapes
 
-DATASETS = {"coco": coco.build, "shapes": shapes.build}
+DATASETS = {
+    "coco": coco.build,
+    "shapes": shapes.build,
+    "coco_panoptic": coco_panoptic.build,
+    "shapes_panoptic": shapes.build,
+}
 
 # The flags that DETR did not have. A caller whose `args` knows only the old ones gets these.
 NEW_FLAGS = {
@@ -34,11 +39,15 @@ def build_dataset(image_set: str, args) -> Dataset:
     flag = {name: getattr(args, name, default) for name, default in NEW_FLAGS.items()}
     options = {name: flag[name] for name in ("min_size", "max_size", "num_classes")}
     options |= {"return_masks": args.masks, "seed": args.seed}
-    if args.dataset_file == "shapes":
+    if args.dataset_file.startswith("shapes"):
         counts = {"train": flag["shapes_train"], "val": flag["shapes_val"]}
         scene = (flag["shapes_size"], flag["shapes_classes"], flag["shapes_seed"])
-        return shapes.build(image_set, args.coco_path, counts, *scene, **options)
+        panoptic = args.dataset_file == "shapes_panoptic"
+        return shapes.build(image_set, args.coco_path, counts, *scene, panoptic, **options)
     images, annotations = flag[f"{image_set}_images"], flag[f"{image_set}_annotations"]
+    if args.dataset_file == "coco_panoptic":
+        maps = args.coco_panoptic_path
+        return coco_panoptic.build(image_set, args.coco_path, maps, images=images, instances=annotations, **options)
     return coco.build(image_set, args.coco_path, images=images, annotations=annotations, **options)
 
 

@@ -10,8 +10,9 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 import datasets.transforms as T
-from datasets.coco_index import check_against_folder, check_classes, read_coco_index, read_json
+from datasets.coco_index import check_against_folder, check_classes, check_masks, read_coco_index, read_json
 from datasets.images import read_image
+from datasets.masks import decode_masks
 
 # The published recipe, for a shortest side of 800; other sizes scale it.
 TRAIN_SCALES = tuple(range(480, 801, 32))
@@ -23,7 +24,8 @@ class CocoDetection(Dataset):
 
     An item is (image, target): after the default transforms a uint8 tensor [3, H, W], and a dict with `boxes` [T, 4],
     `labels` [T] (category ids as they are), `area` [T], `iscrowd` [T], `image_id` [1], `orig_size` and `size` [2]
-    (height, width). Crowds are left out, boxes clamped to the image, and those without area dropped.
+    (height, width). Crowds are left out, boxes clamped to the image, and those without area dropped. With
+    `return_masks` there are `masks` too, bool [T, H, W]; without, no mask is read.
 
     Augmentation is drawn from (seed, epoch, index) alone; `set_epoch` reaches the workers too. The files are checked
     once, here: raises FileNotFoundError or ValueError with counts and the first few culprits.
@@ -39,8 +41,10 @@ class CocoDetection(Dataset):
         seed: int = 0,
     ):
         self.img_folder, self.ann_file = Path(img_folder), Path(ann_file)
-        self.index = read_coco_index(ann_file)
+        self.index = read_coco_index(ann_file, with_segmentations=return_masks)
         check_against_folder(self.index, img_folder)
+        if return_masks:
+            check_masks(self.index)
         self.num_classes = num_classes or self.index.num_classes
         check_classes(self.index, self.num_classes)
         self.transforms, self.return_masks, self.seed = transforms, return_masks, seed
@@ -90,7 +94,7 @@ class CocoDetection(Dataset):
         crowd = torch.from_numpy(self.index.iscrowd[where])
         keep = (crowd == 0) & (corners[:, 1] > corners[:, 0]).all(1)
         size = torch.tensor([height, width])
-        return {
+        target = {
             "boxes": corners.view(-1, 4)[keep],
             "labels": torch.from_numpy(self.index.labels[where])[keep],
             "image_id": torch.tensor([int(self.index.image_ids[i])]),
@@ -99,14 +103,24 @@ class CocoDetection(Dataset):
             "orig_size": size,
             "size": size.clone(),
         }
+        if self.return_masks:
+            drawn = [self.index.segmentations[where.start + k] for k in keep.nonzero()[:, 0].tolist()]
+            name = f"{self.ann_file}: image {self.index.image_ids[i]}"
+            target["masks"] = decode_masks(drawn, height, width, name)
+        return target
 
 
 def load_coco_api(ann_file: str | Path):
-    """Read an instances file as pycocotools' COCO, filling in what COCO's evaluation needs and own files may lack."""
+    """Read an instances file as pycocotools' COCO."""
+    return index_coco(read_json(ann_file))
+
+
+def index_coco(instances: dict):
+    """Make pycocotools' COCO of instances, filling in what COCO's evaluation needs and own files may lack."""
     from pycocotools.coco import COCO
 
     coco = COCO()
-    coco.dataset = read_json(ann_file)
+    coco.dataset = instances
     annotations = coco.dataset["annotations"]
     # The evaluation takes id 0 for "not matched", and needs ids.
     renumber = any(annotation.get("id", 0) == 0 for annotation in annotations)

@@ -9,10 +9,12 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
+from pycocotools import mask as mask_api
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from torch import Tensor
 
+from datasets.masks import encode_masks
 from util.box_ops import box_xyxy_to_cxcywh
 from util.dist import gather_to_main
 from util.logger import logger
@@ -35,13 +37,19 @@ class CocoEvaluator:
         self.results: dict[int, dict[str, np.ndarray]] = {}  # by image id
 
     def update(self, predictions: dict[int, dict[str, Tensor]]) -> None:
-        """Add results by image id, as PostProcess gives them: `scores`, `labels`, `boxes` (x0 y0 x1 y1 in pixels)."""
+        """Add results by image id, as the post-processors give them.
+
+        That is `scores` [Q], `labels` [Q], `boxes` [Q, 4] (x0 y0 x1 y1 in pixels) and, for segm, `masks` [Q, 1, H, W].
+        """
         for image_id, result in predictions.items():
             boxes = result["boxes"].detach().float().cpu()
             boxes = box_xyxy_to_cxcywh(boxes)
             boxes[:, :2] -= boxes[:, 2:] / 2
             scores, labels = result["scores"].detach().float().cpu(), result["labels"].cpu()
-            self.results[int(image_id)] = {"bbox": boxes.numpy(), "scores": scores.numpy(), "labels": labels.numpy()}
+            kept = {"bbox": boxes.numpy(), "scores": scores.numpy(), "labels": labels.numpy()}
+            if "segm" in self.iou_types:
+                kept["segm"] = np.array(encode_masks(result["masks"][:, 0]), dtype=object)
+            self.results[int(image_id)] = kept
 
     def synchronize_between_processes(self) -> None:
         """Bring every process's results to the main one, in the order of the image ids."""
@@ -72,9 +80,10 @@ class CocoEvaluator:
             logger.info(f"IoU metric: {iou_type}\n{table.getvalue().rstrip()}")
 
     def predictions(self, iou_type: str = "bbox") -> list[dict]:
-        """Return the detections in COCO's result format, boxes as (x, y, width, height)."""
+        """Return the detections in COCO's result format: boxes as (x, y, width, height), masks as run-length codes."""
+        entry = {"segm": "segmentation"}.get(iou_type, iou_type)
         return [
-            {"image_id": image_id, "category_id": label, iou_type: value, "score": score}
+            {"image_id": image_id, "category_id": label, entry: value, "score": score}
             for image_id, result in self.results.items()
             for label, value, score in zip(
                 result["labels"].tolist(), result[iou_type].tolist(), result["scores"].tolist(), strict=True
@@ -82,15 +91,18 @@ class CocoEvaluator:
         ]
 
     def save_predictions(self, folder: str | Path) -> None:
-        """Write `predictions_bbox.json`, COCO's result format, for any other tool to judge or draw."""
+        """Write `predictions_bbox.json` (and `_segm`), COCO's result format, for any other tool to judge or draw."""
         for iou_type in self.iou_types:
             (Path(folder) / f"predictions_{iou_type}.json").write_text(json.dumps(self.predictions(iou_type)))
 
     def _annotations(self, iou_type: str) -> list[dict]:
-        return [
-            {**found, "id": i, "iscrowd": 0, "area": found["bbox"][2] * found["bbox"][3]}
-            for i, found in enumerate(self.predictions(iou_type), start=1)
-        ]
+        found = self.predictions(iou_type)
+        if iou_type == "segm":
+            areas = mask_api.area([record["segmentation"] for record in found]).tolist() if found else []
+        else:
+            areas = [record["bbox"][2] * record["bbox"][3] for record in found]
+        numbered = enumerate(zip(found, areas, strict=True), start=1)
+        return [{**record, "id": i, "iscrowd": 0, "area": area} for i, (record, area) in numbered]
 
     def _backend(self) -> tuple[type, type]:
         installed = importlib.util.find_spec("faster_coco_eval") is not None

@@ -60,6 +60,10 @@ class JsonColumn:
         del self.ends
         return self
 
+    def empty(self) -> np.ndarray:
+        """Where the value is null, [] or {}."""
+        return self.end - self.begin <= len("null")
+
     def __getitem__(self, k: int):
         return json.loads(self.text[self.begin[k] : self.end[k]].tobytes())
 
@@ -170,20 +174,32 @@ def read_coco_index(path: str | Path, with_segmentations: bool = False) -> CocoI
     return index
 
 
-def check_against_folder(index: CocoIndex, folder: str | Path) -> None:
-    """Raise ValueError if images of the index are not in the folder, FileNotFoundError if there is no folder."""
+def check_against_folder(
+    index: CocoIndex, folder: str | Path, names: Iterable[str] | None = None, what: str = "images"
+) -> None:
+    """Raise ValueError if files of the index (its images by default) are not in the folder.
+
+    If there is no folder, that is a FileNotFoundError.
+    """
     folder = Path(folder)
     if not folder.is_dir():
-        raise FileNotFoundError(f"{folder}: no such image folder (annotations: {index.path})")
+        raise FileNotFoundError(f"{folder}: no such folder of {what} (annotations: {index.path})")
     there: dict[Path, set[str]] = {}  # one listing for each folder instead of a question for each file
     absent = []
-    for name in index.file_names:
+    for name in index.file_names if names is None else names:
         path = folder / str(name)
         if path.parent not in there:
             there[path.parent] = {p.name for p in path.parent.iterdir()} if path.parent.is_dir() else set()
         if path.name not in there[path.parent]:
             absent.append(str(name))
-    report(index.path, [(f"images that are not in {folder}", absent)])
+    report(index.path, [(f"{what} that are not in {folder}", absent)])
+
+
+def check_masks(index: CocoIndex) -> None:
+    """Raise ValueError if an annotation has no segmentation."""
+    owner_of = np.repeat(index.image_ids, np.diff(index.first))
+    what = "annotations without a segmentation (without --masks they can be used)"
+    report(index.path, [(what, _culprits(owner_of, index.segmentations.empty(), index.labels, "category"))])
 
 
 def check_classes(index: CocoIndex, num_classes: int) -> None:

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
-from datasets import coco
+from datasets import coco, coco_panoptic
 from util.logger import logger
 
 THINGS = ("circle", "square", "triangle", "star", "ring", "cross", "hexagon", "bar")
@@ -33,17 +33,22 @@ def build(
     image_size: int = 192,
     classes: int = 4,
     scene_seed: int = 0,
+    panoptic: bool = False,
     **options,
 ) -> coco.CocoDetection:
     """Build the `train` or `val` part, generating the files first where they are not there yet.
 
-    `root` defaults to a folder under the user's cache, named after the numbers. `options` are those of `coco.build`.
+    `root` defaults to a folder under the user's cache, named after the numbers. `panoptic` adds the stuff to the
+    objects. `options` are those of `coco.build` or `coco_panoptic.build`.
     """
     if root is None:
         cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         total = "+".join(str(count) for count in counts.values())
         root = cache / "detr" / f"shapes-{total}-{image_size}px-{classes}classes-seed{scene_seed}"
     generate(root, counts, image_size, classes, scene_seed)
+    if panoptic:
+        options["num_classes"] = options.get("num_classes") or classes + len(STUFF) + 1
+        return coco_panoptic.build(image_set, root, **options)
     return coco.build(image_set, root, **options)
 
 

@@ -7,12 +7,13 @@ from models.criterion import SetCriterion, weights_for_layers
 from models.detr import DETR, PostProcess
 from models.matcher import HungarianMatcher
 from models.position_encoding import PositionEmbeddingLearned, PositionEmbeddingSine
+from models.segmentation import DETRsegm, PostProcessPanoptic, PostProcessSegm
 from models.transformer import Transformer
 from util.dist import pick_device
 from util.logger import logger
 
 # The flags that DETR did not have. A caller whose `args` knows only the old ones gets these.
-NEW_FLAGS = {"num_classes": None, "backbone_weights": "imagenet", "backbone_norm": "frozen"}
+NEW_FLAGS = {"num_classes": None, "thing_classes": None, "backbone_weights": "imagenet", "backbone_norm": "frozen"}
 
 
 def build_model(args) -> tuple[nn.Module, SetCriterion, dict[str, nn.Module]]:
@@ -44,13 +45,28 @@ def build_model(args) -> tuple[nn.Module, SetCriterion, dict[str, nn.Module]]:
     )
     position_embedding = _position_embedding(args.position_embedding, args.hidden_dim // 2)
     model = DETR(Joiner(backbone, position_embedding), transformer, num_classes, args.num_queries, args.aux_loss)
+    if args.masks:
+        model = DETRsegm(model, freeze_detr=bool(args.frozen_weights))
 
     matcher = HungarianMatcher(args.set_cost_class, args.set_cost_bbox, args.set_cost_giou)
     weights = {"loss_ce": 1, "loss_bbox": args.bbox_loss_coef, "loss_giou": args.giou_loss_coef}
     weight_dict = weights_for_layers(weights, args.dec_layers if args.aux_loss else 1)
-    criterion = SetCriterion(num_classes, matcher, weight_dict, args.eos_coef, ["labels", "boxes", "cardinality"])
+    losses, postprocessors = ["labels", "boxes", "cardinality"], {"bbox": PostProcess()}
+    if args.masks:
+        weight_dict |= {"loss_mask": args.mask_loss_coef, "loss_dice": args.dice_loss_coef}
+        losses.append("masks")
+        postprocessors |= {"segm": PostProcessSegm()} | _panoptic(args.dataset_file, new["thing_classes"])
+    criterion = SetCriterion(num_classes, matcher, weight_dict, args.eos_coef, losses)
     criterion.to(pick_device(args.device))
-    return model, criterion, {"bbox": PostProcess()}
+    return model, criterion, postprocessors
+
+
+def _panoptic(dataset_file: str, thing_classes: list[int] | None) -> dict[str, nn.Module]:
+    """The panoptic read-out, where the data has stuff: in COCO, the classes above 90."""
+    if thing_classes is None and dataset_file != "coco_panoptic":
+        return {}
+    things = range(91) if thing_classes is None else thing_classes
+    return {"panoptic": PostProcessPanoptic(dict.fromkeys(things, True))}
 
 
 def _position_embedding(kind: str, num_pos_feats: int) -> nn.Module:

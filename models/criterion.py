@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.matcher import HungarianMatcher
+from models.segmentation import dice_loss, sigmoid_focal_loss
 from util.box_ops import box_cxcywh_to_xyxy, elementwise_giou
 from util.dist import mean_over_processes
 
@@ -28,6 +29,8 @@ class Matched:
     target_boxes: Tensor  # [L, N, 4], box of the object answered
     sizes: list[int]  # objects in each image
     num_boxes: Tensor | float  # objects per process, at least 1: what sums over pairs are divided by
+    masks: Tensor | None = None  # [N, h, w], logits of the last layer's matched masks, if there are masks
+    target_masks: Tensor | None = None  # [N, H, W] bool, masks of the objects they answer, padded
 
     def of_pairs(self, predictions: Tensor) -> Tensor:
         """Pick the matched ones of predictions [L, B, Q, ...] -> [L, N, ...]."""
@@ -65,6 +68,8 @@ class SetCriterion(nn.Module):
         `aux_outputs` of the same; each target has `labels` [T] and `boxes` [T, 4]. Returns scalars: `loss_ce`,
         `loss_bbox`, `loss_giou` for the last layer and, with a suffix `_0`, `_1`..., for the earlier ones; and, to look
         at rather than to train, `class_error` and `cardinality_error`. Computes in float32 whatever the model ran in.
+        The loss "masks" needs `pred_masks` [B, Q, h, w] or `masks_of` in the outputs (see models/segmentation.py) and
+        `masks` [T, H, W] in the targets; it adds `loss_mask` and `loss_dice`, of the last layer only.
         """
         with torch.autocast(outputs["pred_logits"].device.type, enabled=False):
             matched = self._match(outputs, targets)
@@ -109,7 +114,30 @@ class SetCriterion(nn.Module):
             target_boxes=torch.cat([target["boxes"] for target in targets]).float()[answered],
             sizes=sizes,
             num_boxes=_at_least_one(mean_over_processes(sum(sizes), logits.device)),
+            masks=self._masks(outputs, image[0], query[0]),
+            target_masks=self._target_masks(targets, answered[0]),
         )
+
+    def _masks(self, outputs: dict, image: Tensor, query: Tensor) -> Tensor | None:
+        """Masks of chosen queries: in training the model draws just these, in evaluation it has drawn all."""
+        if "masks" not in self.losses:
+            return None
+        if "masks_of" in outputs:
+            return outputs["masks_of"](image, query)
+        return outputs["pred_masks"][image, query].float()
+
+    def _target_masks(self, targets: list[dict], answered: Tensor) -> Tensor | None:
+        if "masks" not in self.losses:
+            return None
+        if not all("masks" in target for target in targets):
+            raise ValueError("the loss 'masks' needs an entry 'masks' [T, H, W] in every target: --masks gives it")
+        height, width = (max(target["masks"].shape[side] for target in targets) for side in (1, 2))
+        return torch.cat(
+            [
+                F.pad(t["masks"].bool(), (0, width - t["masks"].shape[2], 0, height - t["masks"].shape[1]))
+                for t in targets
+            ]
+        )[answered]
 
     def loss_labels(self, matched: Matched) -> dict[str, Tensor]:
         """Cross-entropy over all slots, an unmatched one having class K; the mean weighted by class.
@@ -141,11 +169,22 @@ class SetCriterion(nn.Module):
             "loss_giou": (1 - giou).sum(1) / matched.num_boxes,
         }
 
+    def loss_masks(self, matched: Matched) -> dict[str, Tensor]:
+        """Focal and dice loss of the last layer's matched masks, enlarged to the size the images were padded to."""
+        wanted = matched.target_masks.flatten(1).float()
+        size = matched.target_masks.shape[-2:]
+        masks = F.interpolate(matched.masks[:, None], size=size, mode="bilinear", align_corners=False).flatten(1)
+        return {
+            "loss_mask": sigmoid_focal_loss(masks, wanted, matched.num_boxes)[None],
+            "loss_dice": dice_loss(masks, wanted, matched.num_boxes)[None],
+        }
+
 
 LOSSES = {
     "labels": SetCriterion.loss_labels,
     "cardinality": SetCriterion.loss_cardinality,
     "boxes": SetCriterion.loss_boxes,
+    "masks": SetCriterion.loss_masks,
 }
 
 

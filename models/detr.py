@@ -45,10 +45,24 @@ class DETR(nn.Module):
         """
         if isinstance(samples, (list, Tensor)):
             samples = nested_tensor_from_tensor_list(samples)
+        _, _, hs, _ = self.encode(samples)
+        return self.predict(hs)
+
+    def encode(self, samples: NestedTensor) -> tuple[list[NestedTensor], Tensor, Tensor, Tensor]:
+        """Run everything but the heads.
+
+        Returns the backbone's features, finest first; the coarsest projected to width C, [B, C, h, w]; the decoder's
+        outputs [L, B, Q, C]; and the encoder's memory [B, C, h, w].
+        """
         features, positions = self.backbone(samples)
         src, mask = features[-1].decompose()
         assert mask is not None, "the backbone returned features without their mask"
-        hs, _ = self.transformer(self.input_proj(src), mask, self.query_embed.weight, positions[-1])
+        src = self.input_proj(src)
+        hs, memory = self.transformer(src, mask, self.query_embed.weight, positions[-1])
+        return features, src, hs, memory
+
+    def predict(self, hs: Tensor) -> dict[str, Tensor]:
+        """Turn decoder outputs [L, B, Q, C] into the dict that `forward` returns."""
         logits, boxes = self._heads(hs)
         out = {"pred_logits": logits[-1], "pred_boxes": boxes[-1]}
         if not torch.jit.is_scripting():

@@ -5,6 +5,7 @@ import os
 import pickle
 import platform
 import random
+import socket
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from util.logger import logger
 
 # Beside tensors and plain Python, the only thing DETR's published files hold.
 ALLOWED = [argparse.Namespace]
+SILENCE = 30  # seconds after which an address that says nothing is given up
 
 
 def save_checkpoint(state: dict, *paths: str | Path) -> None:
@@ -54,7 +56,7 @@ def load_checkpoint(path_or_url: str | Path) -> dict[str, Any]:
         raise ValueError(
             f"{name}: refused, since it holds more than tensors and plain Python ({_first_line(error)})"
         ) from None
-    except (RuntimeError, EOFError, OSError) as error:
+    except Exception as error:  # bytes that are no checkpoint can break the reader in any way
         raise ValueError(f"{name}: not a readable checkpoint ({_first_line(error)})") from None
     if not isinstance(state, dict) or "model" not in state:
         raise ValueError(f"{name}: no entry 'model' in it; a checkpoint of this project or of DETR has one")
@@ -99,17 +101,21 @@ def _download(url: str) -> str:
     if not target.exists():
         target.parent.mkdir(parents=True, exist_ok=True)
         digest = torch.hub.HASH_REGEX.search(target.name)
+        patience = socket.getdefaulttimeout()
+        socket.setdefaulttimeout(SILENCE)  # torch.hub itself would wait for ever
         try:
             torch.hub.download_url_to_file(url, str(target), digest.group(1) if digest else None)
         except (OSError, RuntimeError) as error:
             raise OSError(
                 f"{url} could not be downloaded ({error}). Fetch it by other means and give the local file"
             ) from error
+        finally:
+            socket.setdefaulttimeout(patience)
     return str(target)
 
 
 def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0]
+    return str(error).strip().split("\n")[0].split(". ")[0] or type(error).__name__
 
 
 def rng_state() -> dict:

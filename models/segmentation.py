@@ -1,0 +1,240 @@
+"""Masks on top of DETR: the head, its losses, and the read-out of instances (paper, section 4.4).
+
+Shapes: B images, Q queries, N chosen queries (of any of the images), C hidden width, M attention heads, h x w cells of
+the coarsest features, h4 x w4 of the finest (stride 4), H x W pixels. Masks are logits until they are read out.
+"""
+
+from collections.abc import Sequence
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.panoptic import PostProcessPanoptic
+from util.nested_tensor import NestedTensor, nested_tensor_from_tensor_list
+
+__all__ = [
+    "DETRsegm",
+    "MHAttentionMap",
+    "MaskHeadSmallConv",
+    "MasksLater",
+    "PostProcessPanoptic",
+    "PostProcessSegm",
+    "dice_loss",
+    "sigmoid_focal_loss",
+]
+
+MASKS_AT_ONCE = 16  # full-size float masks held at a time by the instance read-out
+
+
+class DETRsegm(nn.Module):
+    """A DETR, and a head that draws a mask for each of its queries.
+
+    The backbone of `detr` must return the features of all four layers (`return_interm_layers`). With `freeze_detr` only
+    the head trains: the detector's weights stay, and so do its statistics, since it never leaves evaluation mode.
+    """
+
+    def __init__(self, detr: nn.Module, freeze_detr: bool = False):
+        super().__init__()
+        self.detr = detr.requires_grad_(False) if freeze_detr else detr
+        self.frozen = freeze_detr
+        width, heads, channels = detr.transformer.d_model, detr.transformer.nhead, detr.backbone.num_channels
+        self.bbox_attention = MHAttentionMap(width, width, heads)
+        self.mask_head = MaskHeadSmallConv(width + heads, [channels // 2, channels // 4, channels // 8], width)
+
+    def train(self, mode: bool = True) -> "DETRsegm":
+        """Change between training and evaluation; a frozen detector stays in the latter."""
+        super().train(mode)
+        if self.frozen:
+            self.detr.eval()
+        return self
+
+    def forward(self, samples: NestedTensor) -> dict[str, Tensor]:
+        """Detect objects and draw them: DETR's outputs and, in evaluation, `pred_masks` [B, Q, h4, w4].
+
+        In training most queries answer no object, and nobody looks at their masks. So the outputs hold a function
+        instead, `masks_of(image, query)`: for two index vectors [N] it gives those queries' masks [N, h4, w4]. Queries
+        do not see each other in the head, so these are the values that drawing them all would give.
+        """
+        if isinstance(samples, (list, Tensor)):
+            samples = nested_tensor_from_tensor_list(samples)
+        features, src, hs, memory = self.detr.encode(samples)
+        assert len(features) == 4, (
+            "the mask head needs the features of four layers: Backbone(return_interm_layers=True)"
+        )
+        out = self.detr.predict(hs)
+        padding = features[3].mask
+        finer = [features[2].tensors, features[1].tensors, features[0].tensors]
+        if not torch.jit.is_scripting():
+            if self.training:
+                out["masks_of"] = MasksLater(self, src, hs[-1], memory, padding, finer)
+                return out
+        maps = self.bbox_attention(hs[-1], memory, padding)
+        masks = self.mask_head(src, maps, finer)[:, 0]
+        out["pred_masks"] = masks.float().unflatten(0, (maps.shape[0], maps.shape[1]))
+        return out
+
+
+class MasksLater:
+    """Everything the masks of a batch are drawn from, to be called with the queries whose masks are wanted."""
+
+    def __init__(self, model: DETRsegm, src: Tensor, hs: Tensor, memory: Tensor, padding: Tensor, finer: list[Tensor]):
+        self.model, self.src, self.hs, self.memory, self.padding, self.finer = model, src, hs, memory, padding, finer
+        kind = hs.device.type  # the precision the model runs in now: the loss, which asks later, has another
+        self.precision = partial(torch.autocast, kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind))
+
+    def __call__(self, image: Tensor, query: Tensor) -> Tensor:
+        """Draw queries `query` [N] of the images `image` [N]: logits [N, h4, w4]."""
+        with self.precision():
+            maps = self.model.bbox_attention(self.hs, self.memory, self.padding)[image, query]
+            return self.model.mask_head(self.src, maps, self.finer, image)[:, 0].float()
+
+
+class MHAttentionMap(nn.Module):
+    """The weights of a multi-head attention, with no values behind them: where in the image each query looks."""
+
+    def __init__(self, query_dim: int, hidden_dim: int, num_heads: int, dropout: float = 0.0, bias: bool = True):
+        super().__init__()
+        if hidden_dim % num_heads:
+            raise ValueError(f"hidden_dim {hidden_dim} cannot be split into {num_heads} heads")
+        self.num_heads = num_heads
+        self.scale = (hidden_dim / num_heads) ** -0.5
+        self.dropout = nn.Dropout(dropout)
+        self.q_linear = nn.Linear(query_dim, hidden_dim, bias=bias)
+        self.k_linear = nn.Linear(query_dim, hidden_dim, bias=bias)
+        for linear in (self.q_linear, self.k_linear):
+            nn.init.xavier_uniform_(linear.weight)
+            if bias:
+                nn.init.zeros_(linear.bias)
+
+    def forward(self, q: Tensor, k: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Queries [B, Q, C], image [B, C, h, w], padding [B, h, w] -> [B, Q, M, h, w], which sums to 1 over M, h, w."""
+        height, width = k.shape[2], k.shape[3]
+        keys = self.k_linear(k.flatten(2).transpose(1, 2)).unflatten(2, (self.num_heads, -1))
+        queries = self.q_linear(q).unflatten(2, (self.num_heads, -1)) * self.scale
+        scores = torch.einsum("bqmc,bnmc->bqmn", queries, keys)
+        if mask is not None:
+            scores = scores.masked_fill(mask.flatten(1)[:, None, None], float("-inf"))
+        weights = scores.flatten(2).softmax(-1).view(scores.shape)
+        return self.dropout(weights).unflatten(3, (height, width))
+
+
+class MaskHeadSmallConv(nn.Module):
+    """Convolutions that refine attention maps on the way up the backbone's features, as in a feature pyramid.
+
+    `dim` is the width of the coarse features and the attention maps together, `fpn_dims` are the channels of the three
+    finer features, coarse to fine, and `context_dim` the hidden width, of which the levels keep 1/2, 1/4, 1/8 and 1/16.
+    """
+
+    def __init__(self, dim: int, fpn_dims: Sequence[int], context_dim: int):
+        super().__init__()
+        if dim % 8 or context_dim % 128:
+            raise ValueError(
+                f"the mask head normalises channels in 8 groups: the hidden width must be a multiple of 128 and the "
+                f"number of heads of 8, got a width of {context_dim} and {dim - context_dim} heads"
+            )
+        widths = [dim, dim, *(context_dim // share for share in (2, 4, 8, 16))]
+        self.lay1, self.lay2, self.lay3, self.lay4, self.lay5 = (
+            nn.Conv2d(before, after, 3, padding=1) for before, after in zip(widths[:-1], widths[1:], strict=True)
+        )
+        self.gn1, self.gn2, self.gn3, self.gn4, self.gn5 = (nn.GroupNorm(8, width) for width in widths[1:])
+        self.out_lay = nn.Conv2d(widths[-1], 1, 3, padding=1)
+        self.adapter1, self.adapter2, self.adapter3 = (
+            nn.Conv2d(channels, width, 1) for channels, width in zip(fpn_dims, widths[2:5], strict=True)
+        )
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_uniform_(module.weight, a=1)
+                nn.init.zeros_(module.bias)
+
+    def forward(self, x: Tensor, bbox_mask: Tensor, fpns: list[Tensor], image: Tensor | None = None) -> Tensor:
+        """Draw masks, finest features in size.
+
+        Takes features `x` [B, C, h, w], three finer ones `fpns` [B, *, *, *], coarse to fine, and attention maps
+        [B, Q, M, h, w]: all queries of each image; or [N, M, h, w]: queries chosen from the images `image` [N].
+        Returns [B * Q, 1, h4, w4] or [N, 1, h4, w4].
+        """
+        if image is None:
+            batch, queries = bbox_mask.shape[0], bbox_mask.shape[1]
+            image = torch.arange(batch, device=x.device).unsqueeze(1).expand(batch, queries).flatten()
+            bbox_mask = bbox_mask.flatten(0, 1)
+        # A convolution of features and maps side by side is the sum of one of each; the features' is the same for all
+        # queries of an image, and by far the larger.
+        channels = x.shape[1]
+        shared = F.conv2d(x, self.lay1.weight[:, :channels], self.lay1.bias, padding=1)
+        x = F.conv2d(bbox_mask, self.lay1.weight[:, channels:], padding=1) + shared.index_select(0, image)
+        x = self.gn1(x).relu_()
+        x = self.gn2(self.lay2(x)).relu_()
+        x = self.gn3(self.lay3(_merge(x, self.adapter1(fpns[0]), image))).relu_()
+        x = self.gn4(self.lay4(_merge(x, self.adapter2(fpns[1]), image))).relu_()
+        x = self.gn5(self.lay5(_merge(x, self.adapter3(fpns[2]), image))).relu_()
+        return self.out_lay(x)
+
+
+def _merge(x: Tensor, finer: Tensor, image: Tensor) -> Tensor:
+    """Enlarge x [N, c, *, *] and add to each the features [B, c, *, *] of its image."""
+    return F.interpolate(x, size=finer.shape[-2:], mode="nearest") + finer.index_select(0, image)
+
+
+def sigmoid_focal_loss(
+    inputs: Tensor, targets: Tensor, num_boxes: Tensor | float, alpha: float = 0.25, gamma: float = 2
+) -> Tensor:
+    """Focal loss (Lin et al. 2017) of logits [N, P] for 0/1 targets [N, P]: mean over P, summed, over `num_boxes`.
+
+    Positives weigh `alpha`, negatives 1 - alpha (a negative alpha: both 1); an element that is right with probability p
+    is scaled by (1 - p)^gamma.
+    """
+    entropy = F.binary_cross_entropy_with_logits(inputs, targets, reduction="none")
+    probability = inputs.sigmoid()
+    wrong = probability + targets - 2 * probability * targets  # 1 - p: the probability of the other answer
+    loss = entropy * wrong**gamma
+    if alpha >= 0:
+        loss = loss * (1 - alpha + (2 * alpha - 1) * targets)
+    return loss.mean(1).sum() / num_boxes
+
+
+def dice_loss(inputs: Tensor, targets: Tensor, num_boxes: Tensor | float) -> Tensor:
+    """1 - dice (Milletari et al. 2016) of logits [N, P] and 0/1 targets [N, P], summed over N, over `num_boxes`.
+
+    One is added above and below, so that an empty mask for an empty target is perfect.
+    """
+    probability = inputs.sigmoid()
+    overlap = (probability * targets).sum(1)
+    dice = (2 * overlap + 1) / (probability.sum(1) + targets.sum(1) + 1)
+    return (1 - dice).sum() / num_boxes
+
+
+class PostProcessSegm(nn.Module):
+    """Reads a binary mask for each detection out of the network's outputs."""
+
+    def __init__(self, threshold: float = 0.5):
+        super().__init__()
+        self.threshold = threshold
+
+    @torch.no_grad()
+    def forward(
+        self, results: list[dict], outputs: dict[str, Tensor], orig_target_sizes: Tensor, max_target_sizes: Tensor
+    ) -> list[dict[str, Tensor]]:
+        """Add `masks`, uint8 [Q, 1, H, W] at the original size, to each image's results from PostProcess.
+
+        Both sizes are [B, 2], (height, width): of the original images, and of the images as they entered the model, the
+        largest of which the batch was padded to.
+        """
+        if not len(results) == len(orig_target_sizes) == len(max_target_sizes) == len(outputs["pred_masks"]):
+            raise ValueError(
+                f"{len(results)} results, {len(orig_target_sizes)} original sizes and {len(max_target_sizes)} input "
+                f"sizes for the masks of {len(outputs['pred_masks'])} images"
+            )
+        padded = max_target_sizes.max(0).values.tolist()
+        drawn = []
+        for result, masks, inner, final in zip(
+            results, outputs["pred_masks"], max_target_sizes.tolist(), orig_target_sizes.tolist(), strict=True
+        ):
+            parts = [self._read(part, padded, inner, final) for part in masks[:, None].split(MASKS_AT_ONCE)]
+            drawn.append({**result, "masks": torch.cat(parts)})
+        return drawn
+
+    def _read(self, masks: Tensor, padded: list[int], inner: list[int], final: list[int]) -> Tensor:
+        full = F.interpolate(masks, size=padded, mode="bilinear", align_corners=False).sigmoid() > self.threshold
+        return F.interpolate(full[:, :, : inner[0], : inner[1]].byte(), size=final, mode="nearest")

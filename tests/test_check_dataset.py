@@ -1,0 +1,110 @@
+"""What tools/check_dataset.py sees in a dataset, and whether its verdict is training's own."""
+
+import json
+import shutil
+
+import pytest
+
+from datasets import build_dataset
+from tests.conftest import parse
+from tools.check_dataset import main
+from util.tool import exit_status
+
+
+def change(root, part, edit):
+    path = root / "annotations" / f"instances_{part}2017.json"
+    content = json.loads(path.read_text())
+    edit(content)
+    path.write_text(json.dumps(content))
+
+
+def report(root, capsys, *flags):
+    status = main(["--coco_path", str(root), *flags])
+    return status, capsys.readouterr().out
+
+
+def test_a_sound_dataset_is_counted_and_passes(coco_root, capsys, tmp_path):
+    status, text = report(coco_root, capsys, "--output", str(tmp_path / "sheet.png"))
+    assert status == 0 and "training would start" in text and "FATAL" not in text
+    for line in (
+        "images                       4, with 5 annotations",
+        "images without objects       1",
+        "crowds                       1",
+        "category ids                 2, from 1 to 3: the model has 4 classes",
+        "holes in the ids             1",
+        "  1 cat                      3 in 2 images",
+        "object sizes                 4 small (box below 32 x 32), 1 medium, 0 large",
+    ):
+        assert line in text
+    assert (tmp_path / "sheet.png").stat().st_size > 1000
+
+
+def test_every_kind_of_bad_box_is_named(coco_root, capsys):
+    def spoil(content):
+        records = content["annotations"]
+        records[0]["bbox"] = [4, 4, 0, 30]
+        records[1]["bbox"] = [30, 10, 50, 25]
+        records[2]["bbox"] = [100, 100, 5, 5]
+        records[4]["bbox"] = [5, 20, 2, 20]
+        records.append({**records[4], "id": 77})
+
+    change(coco_root, "train", spoil)
+    status, text = report(coco_root, capsys)
+    assert status == 0
+    assert "1 boxes without area (dropped): image 11 [4.0, 4.0, 0.0, 30.0]" in text
+    assert "1 boxes that reach outside their image (clamped): image 11 [30.0, 10.0, 50.0, 25.0]" in text
+    assert "1 boxes wholly outside their image (dropped): image 12 [100.0, 100.0, 5.0, 5.0]" in text
+    assert "2 boxes with a side below 4 pixels" in text
+    assert "1 objects annotated twice (same image, class and box): image 14" in text
+
+
+def test_sizes_queries_and_parts_are_compared(coco_root, capsys):
+    change(coco_root, "train", lambda content: content["images"][2].update(width=65))
+    change(coco_root, "val", lambda content: content["categories"][0].update(name="bird"))
+    shutil.copy(coco_root / "train2017" / "000000000011.jpg", coco_root / "val2017" / "000000000011.jpg")
+    change(coco_root, "val", lambda content: content["images"][0].update(file_name="000000000011.jpg"))
+    status, text = report(coco_root, capsys, "--num_queries", "1")
+    assert status == 0
+    assert "000000000013.jpg is [48, 64], not [48, 65]" in text
+    assert "2 images with more objects than the 1 queries (--num_queries): image 11 (2), image 12 (2)" in text
+    assert "1 is 'cat' in train, 'bird' in val" in text
+    assert "1 images that are in both parts (trained on, then judged on): 000000000011.jpg" in text
+
+
+def missing_image(root):
+    (root / "train2017" / "000000000013.jpg").unlink()
+
+
+def stray_category(root):
+    change(root, "train", lambda content: content["annotations"][0].update(category_id=5))
+
+
+def repeated_id(root):
+    change(root, "train", lambda content: content["images"][1].update(id=11))
+
+
+def not_json(root):
+    (root / "annotations" / "instances_train2017.json").write_text("hello")
+
+
+@pytest.mark.parametrize("spoil", [missing_image, stray_category, repeated_id, not_json])
+def test_what_stops_training_is_fatal_and_nothing_else(coco_root, capsys, spoil):
+    build_dataset("train", parse(f"--coco_path {coco_root}"))
+    spoil(coco_root)
+    with pytest.raises(ValueError):
+        build_dataset("train", parse(f"--coco_path {coco_root}"))
+    status, text = report(coco_root, capsys)
+    assert status == 1 and "FATAL" in text and "training would not get through" in text
+
+
+def test_a_text_file_named_jpg_is_fatal(coco_root, capsys):
+    (coco_root / "train2017" / "000000000012.jpg").write_text("hello")
+    status, text = report(coco_root, capsys)
+    assert status == 1 and "1 images cannot be decoded" in text and "000000000012.jpg" in text
+    assert report(coco_root, capsys, "--no_decode")[0] == 0
+
+
+@pytest.mark.parametrize("flags", [[], ["--coco_path", "gone"], ["--images", "x"]])
+def test_flags_that_name_no_dataset_end_in_a_sentence(flags, capsys):
+    assert exit_status(lambda: main(flags)) == 2
+    assert capsys.readouterr().err.startswith("error: ")

@@ -1,0 +1,119 @@
+"""The entry points of hubconf: names, architectures, weights from files, and what happens without a network."""
+
+import argparse
+from pathlib import Path
+
+import pytest
+import torch
+
+import hubconf
+
+ROOT = Path(__file__).parents[1]
+DETECTORS = ["detr_resnet50", "detr_resnet50_dc5", "detr_resnet101", "detr_resnet101_dc5"]
+SEGMENTERS = ["detr_resnet50_panoptic", "detr_resnet50_dc5_panoptic", "detr_resnet101_panoptic"]
+
+
+@pytest.fixture(autouse=True)
+def no_network(monkeypatch, tmp_path):
+    def refuse(url, *args, **kwargs):
+        raise OSError("no network in tests")
+
+    monkeypatch.setattr(torch.hub, "download_url_to_file", refuse)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+
+
+def load(name, **options):
+    return torch.hub.load(str(ROOT), name, source="local", **options)
+
+
+def test_the_panoptic_read_out_knows_cocos_things_and_its_threshold():
+    model, read_out = load("detr_resnet50_panoptic", return_postprocessor=True, threshold=0.5)
+    assert read_out.threshold == 0.5
+    assert [i for i in range(250) if read_out.is_thing_map[i]] == list(range(91))
+    with torch.no_grad():
+        outputs = model.eval()([torch.zeros(3, 64, 64, dtype=torch.uint8)])
+    assert outputs["pred_masks"].shape == (1, 100, 16, 16)
+
+
+@pytest.fixture(scope="module")
+def official(tmp_path_factory):
+    """Our own weights in a file like the published ones: an argparse Namespace beside them. (file, state dict)."""
+    torch.manual_seed(0)
+    state = hubconf.detr_resnet50().state_dict()
+    args = argparse.Namespace(backbone="resnet50", dilation=False, lr=1e-4, dataset_file="coco")
+    path = tmp_path_factory.mktemp("official") / "detr-r50.pth"
+    torch.save({"model": state, "args": args, "epoch": 299}, path)
+    return path, state
+
+
+@pytest.mark.parametrize("name", DETECTORS + SEGMENTERS)
+def test_every_name_builds_locally_without_a_download(name):
+    model = load(name)
+    detr = getattr(model, "detr", model)
+    assert detr.num_queries == 100
+    assert detr.class_embed.out_features == (251 if "panoptic" in name else 92)
+    dilated = detr.backbone[0].body.layer4[1].conv2.dilation == (2, 2)
+    assert dilated == ("dc5" in name)
+    assert len(detr.backbone[0].body.layer3) == (23 if "101" in name else 6)
+
+
+def test_the_listing_shows_the_seven_names_and_their_help():
+    entries = [name for name in vars(hubconf) if name.startswith("detr_")]
+    assert sorted(entries) == sorted(DETECTORS + SEGMENTERS)
+    assert all("COCO val5k" in getattr(hubconf, name).__doc__ for name in entries)
+
+
+def test_postprocessors_come_along_when_asked():
+    model, postprocess = load("detr_resnet50", return_postprocessor=True)
+    with torch.no_grad():
+        outputs = model.eval()([torch.zeros(3, 32, 32, dtype=torch.uint8)])
+    (found,) = postprocess(outputs, torch.tensor([[64, 96]]))
+    assert found["boxes"].shape == (100, 4) and "aux_outputs" not in outputs
+
+
+def test_a_file_in_the_official_layout_loads_strictly_by_path(official):
+    path, state = official
+    model = load("detr_resnet50", pretrained=str(path))
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+
+
+def test_91_classes_into_2_keep_all_but_the_class_head_and_say_so(official, capsys):
+    path, state = official
+    model = load("detr_resnet50", pretrained=path, num_classes=2)
+    assert model.class_embed.out_features == 3
+    assert "class head begun anew: 91 classes there, 2 here" in capsys.readouterr().out
+    own = model.state_dict()
+    assert all(torch.equal(own[name], state[name]) for name in own if not name.startswith("class_embed"))
+
+
+def test_the_published_weights_are_asked_for_by_address_and_hash(official, monkeypatch):
+    asked = []
+
+    def download(url, target, hash_prefix=None, **_):
+        asked.append((url, hash_prefix))
+        Path(target).symlink_to(official[0])
+
+    monkeypatch.setattr(torch.hub, "download_url_to_file", download)
+    hubconf.detr_resnet50(pretrained=True)
+    hubconf.detr_resnet50(pretrained=True)  # from the cache
+    assert asked == [("https://dl.fbaipublicfiles.com/detr/detr-r50-e632da11.pth", "e632da11")]
+
+
+def test_an_address_that_does_not_answer_is_told_with_the_remedy():
+    with pytest.raises(OSError, match="detr-r101-2c7b67e5.pth could not be downloaded .*pretrained='path/to/detr-r101"):
+        load("detr_resnet101", pretrained=True)
+
+
+@pytest.mark.parametrize(
+    ("classes", "message"), [(91, "detr-r50.pth does not fit this model"), (2, "another backbone")]
+)
+def test_a_file_of_another_architecture_is_refused_in_a_sentence(official, classes, message):
+    with pytest.raises(ValueError, match=message):
+        load("detr_resnet101", pretrained=official[0], num_classes=classes)
+
+
+def test_a_truncated_file_is_refused_in_a_sentence(official, tmp_path):
+    path = tmp_path / "cut.pth"
+    path.write_bytes(official[0].read_bytes()[:1_000_000])
+    with pytest.raises(ValueError, match="cut.pth: not a readable checkpoint"):
+        load("detr_resnet50", pretrained=path)

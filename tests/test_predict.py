@@ -1,0 +1,227 @@
+"""From a checkpoint to boxes on pictures: the same numbers as evaluation, every file, every bad input in a sentence."""
+
+import argparse
+import json
+import re
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import hubconf
+import main as training
+from models import build_model
+from tests.conftest import parse
+from tools import predict, show_predictions
+from tools.predictor import Predictor
+from util.checkpoint import save_checkpoint
+from util.tool import exit_status
+
+NAMES = {1: "cat", 3: "dog"}
+
+
+def write_checkpoint(path, flags="--num_classes 4", **more):
+    torch.manual_seed(0)
+    args = parse(flags)
+    state = {"model": build_model(args)[0].state_dict(), "args": vars(args), "class_names": NAMES, **more}
+    save_checkpoint(state, path)
+    return path
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    return write_checkpoint(tmp_path / "checkpoint.pth")
+
+
+def run(*flags):
+    return exit_status(lambda: predict.main([*map(str, flags), "--device", "cpu"]))
+
+
+def test_numbers_are_those_of_evaluation(coco_root, checkpoint, tmp_path):
+    flags = f"--coco_path {coco_root} --eval --resume {checkpoint} --output_dir {tmp_path / 'eval'} --batch_size 1"
+    training.main(parse(f"--num_classes 4 {flags}"))
+    images, annotations = coco_root / "val2017", coco_root / "annotations" / "instances_val2017.json"
+    where = tmp_path / "found"
+    assert (
+        run(images, "--checkpoint", checkpoint, "--threshold", 0, "--annotations", annotations, "--output", where) == 0
+    )
+
+    def table(path):
+        key = lambda r: (r["image_id"], -r["score"])  # noqa: E731
+        rows = sorted(json.loads(path.read_text()), key=key)
+        return [(r["image_id"], r["category_id"]) for r in rows], np.array([[*r["bbox"], r["score"]] for r in rows])
+
+    ours, theirs = table(where / "predictions.json"), table(tmp_path / "eval" / "predictions_bbox.json")
+    assert ours[0] == theirs[0] and len(ours[0]) == 3 * 8
+    np.testing.assert_allclose(ours[1], theirs[1], rtol=1e-4, atol=1e-4)
+
+
+def test_a_folder_becomes_pictures_a_table_and_one_page(coco_root, checkpoint, tmp_path, capsys):
+    where = tmp_path / "found"
+    assert run(coco_root / "val2017", "--checkpoint", checkpoint, "--threshold", 0, "--output", where) == 0
+    text = capsys.readouterr().out
+    assert re.search(r"000000000021.jpg +8  (cat|dog|class \d) 0\.\d\d", text)
+    assert "written:" in text and "all: " in text
+    assert sorted(p.name for p in (where / "pictures").iterdir()) == [f"0000000000{i}.jpg" for i in (21, 22, 23)]
+    page = (where / "sheet.html").read_text()
+    assert page.count("<figure>") == page.count("data:image/jpeg;base64,") == 3
+    assert not re.search(r'(src|href)="(?!data:)', page)
+    assert {r["image_id"] for r in json.loads((where / "predictions.json").read_text())} == {21, 22, 23}
+
+
+def test_the_same_in_three_lines_of_python(coco_root, checkpoint):
+    predictor = Predictor.from_checkpoint(checkpoint, device="cpu")
+    found = predictor(coco_root / "val2017" / "000000000021.jpg", threshold=0)
+    assert found.boxes.shape == (8, 4) and found.name(1) == "cat" and found.name(2) == "class 2"
+    assert found.scores.tolist() == sorted(found.scores.tolist(), reverse=True)
+    assert max(found.draw().size) == 480  # a small picture grows
+    with Image.open(coco_root / "val2017" / "000000000021.jpg") as picture:
+        torch.testing.assert_close(predictor(picture, threshold=0).boxes, found.boxes)
+    assert len(predictor(found.image, threshold=1.0)) == 0
+    with pytest.raises(ValueError, match="no masks: choose from boxes"):
+        found.draw("masks")
+
+
+def test_an_official_checkpoint_with_a_namespace_is_rebuilt(tmp_path):
+    old = {
+        k: v
+        for k, v in vars(parse()).items()
+        if k not in ("num_classes", "backbone_weights", "backbone_norm", "finetune")
+    }
+    path = write_checkpoint(tmp_path / "official.pth", "--num_classes 91")
+    state = torch.load(path, weights_only=True)
+    torch.save({"model": state["model"], "args": argparse.Namespace(**old), "epoch": 499}, path)
+    predictor = Predictor.from_checkpoint(path, device="cpu")
+    assert predictor.model.class_embed.out_features == 92 and predictor.class_names[18] == "dog"
+
+
+def test_a_published_model_by_name_with_a_local_file(coco_root, tmp_path):
+    torch.manual_seed(0)
+    torch.save({"model": hubconf.detr_resnet50_panoptic().state_dict()}, tmp_path / "bare.pth")
+    predictor = Predictor.from_hub("detr_resnet50_panoptic", tmp_path / "bare.pth", device="cpu")
+    assert predictor.class_names[200] == "rug-merged" and predictor.min_size == 800
+    predictor.min_size = 64
+    assert predictor(coco_root / "val2017" / "000000000021.jpg").kinds == ["boxes", "masks", "panoptic"]
+    with pytest.raises(ValueError, match="no model 'detr': choose one of detr_resnet50"):
+        Predictor.from_hub("detr")
+
+
+def test_names_come_from_an_annotation_file(coco_root, checkpoint):
+    path = coco_root / "annotations" / "instances_val2017.json"
+    content = json.loads(path.read_text())
+    content["categories"][0]["name"] = "tiger"
+    path.write_text(json.dumps(content))
+    assert predict.load_predictor(checkpoint, None, path, "cpu").class_names == {1: "tiger", 3: "dog"}
+
+
+def test_ids_and_file_names(tmp_path, coco_root):
+    folder = coco_root / "val2017"
+    paths = predict.find_images([str(folder / "*21.jpg"), str(folder)])
+    assert [path.name for path in paths] == [f"0000000000{i}.jpg" for i in (21, 22, 23)]
+    assert predict.image_ids(paths, None) == [21, 22, 23]
+    assert predict.image_ids([folder / "a.jpg", folder / "7.jpg"], None) == [1, 2]
+    with pytest.raises(ValueError, match="does not list 1 of the images: a.jpg"):
+        predict.image_ids([folder / "a.jpg"], str(coco_root / "annotations" / "instances_val2017.json"))
+
+
+def test_two_images_of_one_name_keep_their_pictures(coco_root, checkpoint, tmp_path):
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "000000000021.jpg").write_bytes((coco_root / "val2017" / "000000000021.jpg").read_bytes())
+    assert run(coco_root / "val2017", other, "--checkpoint", checkpoint, "--output", tmp_path / "found") == 0
+    assert (tmp_path / "found" / "pictures" / "000000000021_2.jpg").is_file()
+
+
+def test_a_photo_is_turned_when_asked(checkpoint, tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (64, 32)).save(tmp_path / "photo.jpg", exif=exif)
+    for flags, size in (([], (480, 240)), (["--upright"], (240, 480))):
+        assert run(tmp_path / "photo.jpg", "--checkpoint", checkpoint, "--output", tmp_path / "found", *flags) == 0
+        with Image.open(tmp_path / "found" / "pictures" / "photo.jpg") as picture:
+            assert picture.size == size
+
+
+def test_an_unreadable_image_is_told_and_the_rest_goes_on(coco_root, checkpoint, tmp_path, capsys):
+    (coco_root / "val2017" / "000000000022.jpg").write_text("hello")
+    assert run(coco_root / "val2017", "--checkpoint", checkpoint, "--output", tmp_path / "found") == 1
+    assert re.fullmatch(r"error: .*000000000022.jpg: not a readable image.*\n", capsys.readouterr().err)
+    assert (tmp_path / "found" / "sheet.html").read_text().count("<figure>") == 2
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("gone.jpg --checkpoint CHECKPOINT", "gone.jpg: no such file"),
+        ("EMPTY --checkpoint CHECKPOINT", "no images in this folder"),
+        ("IMAGES --checkpoint gone.pth", "gone.pth: no such checkpoint"),
+        ("IMAGES --checkpoint TEXT", "not a readable checkpoint"),
+        ("IMAGES --checkpoint CUT", "cut.pth: not a readable checkpoint"),
+        ("IMAGES --checkpoint OTHER", "no class head 'class_embed'"),
+        ("IMAGES --checkpoint MISFIT", "misfit.pth does not fit this model"),
+        ("IMAGES --checkpoint BARE", "does not say its architecture"),
+        ("IMAGES", "which model"),
+        ("IMAGES --checkpoint CHECKPOINT --show masks", "finds no masks"),
+        ("IMAGES --checkpoint CHECKPOINT --output IMAGES", "would be written over"),
+    ],
+)
+def test_bad_input_ends_in_a_sentence(flags, message, coco_root, checkpoint, tmp_path, capsys):
+    state = torch.load(checkpoint, weights_only=True)
+    places = {
+        name: tmp_path / f"{name.lower()}.pth" for name in ("CHECKPOINT", "CUT", "OTHER", "MISFIT", "BARE", "TEXT")
+    }
+    places |= {"IMAGES": coco_root / "val2017", "EMPTY": tmp_path / "empty"}
+    places["EMPTY"].mkdir()
+    places["CUT"].write_bytes(checkpoint.read_bytes()[:50_000])
+    places["TEXT"].write_text("hello, I am no checkpoint")
+    torch.save({"model": {"fc.weight": torch.zeros(3)}, "args": {}}, places["BARE"])
+    torch.save({"model": {"fc.weight": torch.zeros(3)}, "args": {"backbone": "resnet18"}}, places["OTHER"])
+    torch.save({**state, "args": {**state["args"], "enc_layers": 2}}, places["MISFIT"])
+    words = [str(places.get(word, word)) for word in flags.split()]
+    assert run("--output", tmp_path / "found", *words) == 2
+    errors = capsys.readouterr().err
+    assert message in errors and errors.startswith("error: ") and "Traceback" not in errors
+
+
+def test_masks_and_panoptic_are_drawn_and_written(coco_root, tmp_path):
+    flags = "--masks --num_classes 4 --hidden_dim 128 --nheads 8 --dataset_file coco_panoptic"
+    path = write_checkpoint(tmp_path / "masks.pth", flags)
+    predictor = Predictor.from_checkpoint(path, device="cpu")
+    found = predictor(coco_root / "val2017" / "000000000021.jpg", threshold=0)
+    assert found.masks.shape == (8, 48, 64) and found.masks.dtype == torch.bool
+    assert found.kinds == ["boxes", "masks", "panoptic"]
+    assert set(np.unique(found.segment_ids)) - {0} == {segment["id"] for segment in found.segments}
+    assert predictor(found.image, threshold=1.0).masks.shape == (0, 48, 64)
+    for kind in found.kinds:
+        assert found.draw(kind).size == (480, 360)
+    assert run(coco_root / "val2017", "--checkpoint", path, "--threshold", 0, "--output", tmp_path / "found") == 0
+    records = json.loads((tmp_path / "found" / "predictions.json").read_text())
+    assert records[0]["segmentation"]["size"] == [48, 64]
+    panoptic = json.loads((tmp_path / "found" / "panoptic.json").read_text())["annotations"]
+    with Image.open(tmp_path / "found" / "panoptic" / panoptic[0]["file_name"]) as file:
+        ids = np.array(file, np.int64) @ [1, 256, 256**2]
+    assert (ids == found.segment_ids).all() and panoptic[0]["segments_info"] == found.segments
+
+
+def test_a_sheet_of_truth_beside_predictions(coco_root, tmp_path, capsys):
+    records = [{"image_id": i, "category_id": 1, "bbox": [5, 5, 20, 20], "score": 0.9} for i in (21, 22)]
+    (tmp_path / "found.json").write_text(json.dumps(records))
+    annotations = coco_root / "annotations" / "instances_val2017.json"
+    flags = ["--annotations", annotations, "--images", coco_root / "val2017", "--output", tmp_path / "sheet.png"]
+
+    def sheet(predictions):
+        return exit_status(lambda: show_predictions.main([*map(str, flags), "--predictions", str(predictions)]))
+
+    assert sheet(tmp_path / "found.json") == 0
+    assert "2 of 3 images" in capsys.readouterr().out
+    with Image.open(tmp_path / "sheet.png") as picture:
+        assert picture.width > 1600
+    for content, message in (
+        ("[]", "holds no detection"),
+        ("{}", "not a COCO result file"),
+        ("[{}]", "entry 0 is not"),
+    ):
+        (tmp_path / "bad.json").write_text(content)
+        assert sheet(tmp_path / "bad.json") == 2
+        assert message in capsys.readouterr().err

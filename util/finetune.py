@@ -1,0 +1,69 @@
+"""Start a model from another one's weights: all that fits is kept, and what was done with the rest is told."""
+
+import torch
+from torch import Tensor, nn
+
+SHOWN = 4  # names listed of entries that do not fit
+
+
+@torch.no_grad()
+def finetune(model: nn.Module, given: dict[str, Tensor], name: str) -> list[str]:
+    """Copy into `model` the entries of a state dict that fit; return, a sentence each, what was kept and what was not.
+
+    A class head of another number of classes stays as initialised. Of more queries the first are taken; fewer fill the
+    first, the others stay as initialised. A mask model takes the weights of a box model, and the reverse. `name` is
+    where the weights are from. Raises ValueError if the backbone is another one: nothing else is worth keeping then.
+    """
+    own = model.state_dict()
+    given = _renamed(given, own)
+    wrong = [key for key in own if _is_backbone(key) and (key not in given or given[key].shape != own[key].shape)]
+    if wrong:
+        raise ValueError(
+            f"{name} was trained with another backbone ({len(wrong)} entries do not fit, {_some(wrong)}): "
+            "give the --backbone it was trained with"
+        )
+    kept, said, others = [], [], []
+    for key, mine in own.items():
+        theirs = given.get(key)
+        if theirs is None:
+            others.append(key)
+        elif theirs.shape == mine.shape:
+            mine.copy_(theirs)
+            kept.append(key)
+        elif key.endswith("query_embed.weight") and theirs.shape[1:] == mine.shape[1:]:
+            said.append(_copy_queries(mine, theirs))
+        elif key.endswith("class_embed.weight"):
+            said.append(f"class head begun anew: {len(theirs) - 1} classes there, {len(mine) - 1} here")
+        elif not key.endswith("class_embed.bias"):
+            others.append(key)
+    unused = [key for key in given if key not in own and "num_batches_tracked" not in key]
+    said += [f"begun anew, absent there or of another size: {len(others)} entries, {_some(others)}"] * bool(others)
+    said += [f"not used, no place for them here: {len(unused)} entries, {_some(unused)}"] * bool(unused)
+    return [f"fine-tuning from {name}: {len(kept)} of {len(own)} entries kept as they are", *said]
+
+
+def _copy_queries(mine: Tensor, theirs: Tensor) -> str:
+    count = min(len(mine), len(theirs))
+    mine[:count] = theirs[:count]
+    if count == len(mine):
+        return f"queries: the first {count} of {len(theirs)}"
+    return f"queries: {count} from there, {len(mine) - count} begun anew"
+
+
+def _renamed(given: dict[str, Tensor], own: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Bridge the one difference in names between box and mask models: in the latter, `detr.` precedes the former's."""
+    ours, theirs = (any(key.startswith("detr.") for key in entries) for entries in (own, given))
+    if ours and not theirs:
+        return {f"detr.{key}": value for key, value in given.items()}
+    if theirs and not ours:
+        return {key.removeprefix("detr."): value for key, value in given.items()}
+    return given
+
+
+def _is_backbone(key: str) -> bool:
+    # A live batch norm counts its batches, a frozen one does not: no difference between networks.
+    return key.removeprefix("detr.").startswith("backbone.0.body.") and not key.endswith("num_batches_tracked")
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:SHOWN]) + (", ..." if len(names) > SHOWN else "")
