@@ -8,8 +8,10 @@ python main.py --coco_path /data/coco --masks --frozen_weights FILE  # masks on 
 import argparse
 import json
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -233,14 +235,12 @@ def main(args) -> None:
     resume = newest_checkpoint(output_dir) if args.resume == "auto" else args.resume
     model, criterion, postprocessors, checkpoint = build_parts(args, device, resume)
 
-    def run_evaluation() -> tuple[dict, CocoEvaluator]:
-        return evaluate(
-            model, criterion, postprocessors, val_loader, base_ds, device, args.output_dir,
-            amp=args.amp, coco_backend=args.coco_eval, print_freq=args.print_freq,
-        )  # fmt: skip
-
+    judge = partial(
+        evaluate, model, criterion, postprocessors, val_loader, base_ds, device, args.output_dir,
+        amp=args.amp, coco_backend=args.coco_eval, print_freq=args.print_freq,
+    )  # fmt: skip
     if args.eval:
-        _, evaluator = run_evaluation()
+        _, evaluator = judge()
         if output_dir and is_main_process():
             evaluator.save_predictions(output_dir)
             save_checkpoint(curves(evaluator.coco_eval["bbox"]), output_dir / "eval.pth")
@@ -249,33 +249,37 @@ def main(args) -> None:
     run = build_run(args, model, train_set)
     if checkpoint:
         run.restore(checkpoint)
-    train_loader = build_train_loader(train_set, args, device)
-    ddp_model = distribute(model, processes, device)
-    n_parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    logger.info(f"{n_parameters} trainable parameters; training epochs {run.epoch} to {args.epochs - 1}")
     start = time.perf_counter()
+    train(run, distribute(model, processes, device), criterion, train_set, judge, device, output_dir)
+    logger.info(f"Training time {timedelta(seconds=int(time.perf_counter() - start))}")
+
+
+def train(
+    run: Run, model: nn.Module, criterion: nn.Module, train_set: Dataset, judge: Callable, device: torch.device,
+    output_dir: Path | None,
+) -> None:  # fmt: skip
+    """Walk through the epochs; `model` is the run's own or a distributed wrapper of it, `judge` evaluates."""
+    args = run.args
+    loader = build_train_loader(train_set, args, device)
+    n_parameters = sum(p.numel() for p in run.model.parameters() if p.requires_grad)
+    logger.info(f"{n_parameters} trainable parameters; {args.epochs} epochs, {run.epoch} of them done")
     while run.epoch < args.epochs:
         epoch = run.epoch
         train_set.set_epoch(epoch)
-        train_loader.batch_sampler.set_epoch(epoch)
+        loader.batch_sampler.set_epoch(epoch)
         train_stats = train_one_epoch(
-            ddp_model, criterion, train_loader, run.optimizer, device, epoch, args.clip_max_norm,
+            model, criterion, loader, run.optimizer, device, epoch, args.clip_max_norm,
             amp=args.amp, scaler=run.scaler, accum_steps=args.accum_steps, print_freq=args.print_freq,
         )  # fmt: skip
         run.lr_scheduler.step()
         run.epoch += 1
-        test_stats, evaluator = {}, None
-        if run.epoch % args.eval_every == 0 or run.epoch == args.epochs:
-            test_stats, evaluator = run_evaluation()
+        if output_dir:  # before the evaluation: whatever happens there, the epoch is not lost
+            save_run(run, output_dir, "checkpoint.pth")
+        test_stats, evaluator = judge() if run.epoch % args.eval_every == 0 or run.epoch == args.epochs else ({}, None)
         if output_dir:
-            log = {
-                **{f"train_{name}": value for name, value in train_stats.items()},
-                **{f"test_{name}": value for name, value in test_stats.items()},
-                "epoch": epoch,
-                "n_parameters": n_parameters,
-            }
-            leave_behind(output_dir, run, log, evaluator)
-    logger.info(f"Training time {timedelta(seconds=int(time.perf_counter() - start))}")
+            log = {f"train_{name}": value for name, value in train_stats.items()}
+            log |= {f"test_{name}": value for name, value in test_stats.items()}
+            leave_behind(output_dir, run, log | {"epoch": epoch, "n_parameters": n_parameters}, evaluator)
 
 
 def build_parts(args, device: torch.device, resume: str | Path | None) -> tuple:
@@ -352,19 +356,26 @@ def distribute(model: nn.Module, processes, device: torch.device) -> nn.Module:
     return nn.parallel.DistributedDataParallel(model, device_ids=device_ids, gradient_as_bucket_view=True)
 
 
-def leave_behind(output_dir: Path, run: Run, log: dict, evaluator: CocoEvaluator | None) -> None:
-    """Write an epoch's checkpoints, log line, curves and evaluation. Every process calls it, the main one writes."""
-    epoch, best = log["epoch"], judged(log)
-    paths = [output_dir / "checkpoint.pth"]
-    if run.epoch % run.args.lr_drop == 0 or run.epoch % 100 == 0:
-        paths.append(output_dir / f"checkpoint{epoch:04}.pth")
-    if best > run.best:
-        run.best = best
-        paths.append(output_dir / "checkpoint_best.pth")
+def save_run(run: Run, output_dir: Path, *names: str) -> None:
+    """Write the run's checkpoint under each name. Every process calls it, the main one writes."""
     state = run.state()
+    if is_main_process():
+        save_checkpoint(state, *(output_dir / name for name in names))
+
+
+def leave_behind(output_dir: Path, run: Run, log: dict, evaluator: CocoEvaluator | None) -> None:
+    """Write what an epoch leaves beside `checkpoint.pth`. Every process calls it, the main one writes."""
+    epoch, names = log["epoch"], []
+    if run.epoch % run.args.lr_drop == 0 or run.epoch % 100 == 0:
+        names.append(f"checkpoint{epoch:04}.pth")
+    better = any(all_gather(judged(log) > run.best))  # only the main process knows
+    if better:
+        run.best = judged(log)
+        names += ["checkpoint_best.pth", "checkpoint.pth"]  # the newest one too must know which was best
+    if names:
+        save_run(run, output_dir, *names)
     if not is_main_process():
         return
-    save_checkpoint(state, *paths)
     with (output_dir / "log.txt").open("a") as file:
         file.write(json.dumps(log) + "\n")
     draw_curves(output_dir)
