@@ -153,7 +153,7 @@ def test_a_missing_map_and_one_of_other_ids_are_named(root):
     (lambda d: d["images"].pop(), "maps of images that are not listed: 3"),
     (lambda d: d["annotations"].append(d["annotations"][0]), "more than one map: 20"),
     (lambda d: d["annotations"][0]["segments_info"][1].update(id=4), r"share an id.*image 20 \(segment 4\)"),
-    (lambda d: d["annotations"][0]["segments_info"][1].update(category_id=5), "listed: image 20 .segment 3, category 5"),
+    (lambda d: d["annotations"][0]["segments_info"][1].update(category_id=5), "image 20 .segment 3, category 5"),
     (lambda d: d["annotations"][0]["segments_info"][1].update(id=0), "below 1"),
     (lambda d: d["annotations"][0]["segments_info"][1].update(bbox=[1, 2]), "cannot be read"),
     (lambda d: d.pop("categories"), "no list named 'categories'"),
