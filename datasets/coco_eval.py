@@ -98,7 +98,7 @@ class CocoEvaluator:
     def _annotations(self, iou_type: str) -> list[dict]:
         found = self.predictions(iou_type)
         if iou_type == "segm":
-            areas = mask_api.area([record["segmentation"] for record in found]).tolist() if found else []
+            areas = [float(mask_api.area(record["segmentation"])) for record in found]  # one by one: 256 are too many
         else:
             areas = [record["bbox"][2] * record["bbox"][3] for record in found]
         numbered = enumerate(zip(found, areas, strict=True), start=1)

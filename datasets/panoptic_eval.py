@@ -150,9 +150,10 @@ def panoptic_quality(tallies: Iterable[Tally], categories: dict[int, dict]) -> d
             total[label] += numbers
     per_class = {}
     for label, (iou, hits, false, missed) in total.items():
-        weight = hits + false / 2 + missed / 2
-        ratio = iou / weight, iou / hits if hits else 0.0, hits / weight if weight else 0.0
-        per_class[label] = dict(zip(("pq", "sq", "rq"), map(float, ratio if weight else (0, 0, 0)), strict=True))
+        sq = float(iou / hits) if hits else 0.0
+        rq = float(hits / (hits + false / 2 + missed / 2)) if hits else 0.0
+        pq = float(iou / (hits + false / 2 + missed / 2)) if hits else 0.0
+        per_class[label] = {"pq": pq, "sq": sq, "rq": rq}
     result: dict = {}
     for group, kinds in GROUPS.items():
         members = [

@@ -225,3 +225,15 @@ def test_a_sheet_of_truth_beside_predictions(coco_root, tmp_path, capsys):
         (tmp_path / "bad.json").write_text(content)
         assert sheet(tmp_path / "bad.json") == 2
         assert message in capsys.readouterr().err
+
+
+def test_a_run_knows_its_own_files(coco_root, tmp_path):
+    training.main(parse(f"--num_classes 4 --coco_path {coco_root} --output_dir {tmp_path / 'run'} --epochs 1"))
+    assert exit_status(lambda: show_predictions.main(["--run", str(tmp_path / "run"), "--threshold", "0"])) == 0
+    with Image.open(tmp_path / "run" / "predictions.png") as picture:
+        assert picture.height > 600  # three images, two in a row
+
+
+def test_a_sheet_without_its_files_ends_in_a_sentence(capsys):
+    assert exit_status(lambda: show_predictions.main(["--images", "x"])) == 2
+    assert "--annotations is missing: give --run" in capsys.readouterr().err

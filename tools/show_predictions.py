@@ -1,5 +1,6 @@
 """A sheet of images: on the left what the annotations say, on the right what a model found.
 
+python tools/show_predictions.py --run runs/r50                    # its val data; writes runs/r50/predictions.png
 python tools/show_predictions.py --annotations instances_val2017.json --images val2017 \
     --predictions runs/r50/predictions_bbox.json --output sheet.png
 """
@@ -12,8 +13,10 @@ from pathlib import Path
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from datasets import build_dataset
 from datasets.coco_index import CocoIndex, read_coco_index, read_json
 from datasets.images import read_image
+from util.checkpoint import load_checkpoint
 from util.draw import class_colour, contact_sheet, draw_boxes, fit, titled
 from util.tool import exit_status
 
@@ -23,15 +26,28 @@ LETTERS = 14  # height of the titles
 def get_args_parser() -> argparse.ArgumentParser:
     """Declare the flags."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--annotations", required=True, help="COCO instances file")
-    parser.add_argument("--images", required=True, help="folder of its images")
-    parser.add_argument("--predictions", required=True, help="COCO result file, as training leaves in its output_dir")
+    parser.add_argument("--run", type=Path, help="output folder of a training: in place of the four file flags")
+    parser.add_argument("--annotations", help="COCO instances file")
+    parser.add_argument("--images", help="folder of its images")
+    parser.add_argument("--predictions", help="COCO result file, as training leaves in its output folder")
     parser.add_argument("--threshold", type=float, default=0.5, help="lowest score that is drawn (default 0.5)")
     parser.add_argument("--count", type=int, default=12, help="images on the sheet, spread over the file (default 12)")
     parser.add_argument("--columns", type=int, default=2, help="images side by side (default 2)")
     parser.add_argument("--side", type=int, default=420, help="pixels of a picture's longer side (default 420)")
-    parser.add_argument("--output", required=True, help="picture to write")
+    parser.add_argument("--output", help="picture to write")
     return parser
+
+
+def files_of_run(run: Path) -> dict[str, Path]:
+    """Where a training's validation data are, by the flags in its checkpoint, and its predictions."""
+    state = load_checkpoint(run / "checkpoint.pth")
+    val_set = build_dataset("val", argparse.Namespace(**state["args"]))
+    return {
+        "annotations": val_set.ann_file,
+        "images": val_set.img_folder,
+        "predictions": run / "predictions_bbox.json",
+        "output": run / "predictions.png",
+    }
 
 
 def read_predictions(path: str | Path) -> dict[int, list[dict]]:
@@ -86,6 +102,11 @@ def main(argv: list[str] | None = None) -> None:
     args = get_args_parser().parse_args(argv)
     if args.count < 1 or args.columns < 1 or args.side < 1:
         raise ValueError("--count, --columns and --side are at least 1")
+    found = files_of_run(args.run) if args.run else {}
+    for name in ("annotations", "images", "predictions", "output"):
+        if getattr(args, name) is None and name not in found:
+            raise ValueError(f"--{name} is missing: give --run, or --annotations, --images, --predictions and --output")
+        setattr(args, name, getattr(args, name) or found[name])
     index = read_coco_index(args.annotations)
     by_image = read_predictions(args.predictions)
     # Only images the model was run on can be judged.

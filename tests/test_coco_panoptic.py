@@ -1,0 +1,199 @@
+"""Panoptic data: what an item is, when maps are opened, and files that cannot be used."""
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from datasets import build_dataset, get_coco_api_from_dataset
+from datasets.coco import load_coco_api
+from datasets.coco_panoptic import CocoPanoptic, build
+from tests.conftest import parse
+
+CATEGORIES = [
+    {"id": 1, "name": "cat", "isthing": 1},
+    {"id": 2, "name": "dog", "isthing": 1},
+    {"id": 7, "name": "sky", "isthing": 0},
+]
+
+
+def write_panoptic(root, maps, part="val"):
+    """Write maps {image id: (ids [H, W], {segment id: (category, crowd)})} with images of noise, in COCO's layout."""
+    for folder in (f"{part}2017", f"panoptic_{part}2017", "annotations"):
+        (root / folder).mkdir(parents=True, exist_ok=True)
+    images, annotations = [], []
+    for image_id, (ids, classes) in maps.items():
+        ids = np.asarray(ids)
+        noise = np.random.default_rng(image_id).integers(0, 256, (*ids.shape, 3), dtype=np.uint8)
+        Image.fromarray(noise).save(root / f"{part}2017" / f"{image_id}.jpg")
+        colours = np.stack([ids & 255, ids >> 8 & 255, ids >> 16], -1).astype(np.uint8)
+        Image.fromarray(colours).save(root / f"panoptic_{part}2017" / f"{image_id}.png")
+        segments = []
+        for segment, (category, crowd) in classes.items():
+            rows, columns = np.nonzero(ids == segment)
+            x, y = int(columns.min()), int(rows.min())
+            box = [x, y, int(columns.max()) - x + 1, int(rows.max()) - y + 1]
+            segments.append({"id": segment, "category_id": category, "iscrowd": crowd, "bbox": box, "area": len(rows)})
+        height, width = ids.shape
+        images.append({"id": image_id, "file_name": f"{image_id}.jpg", "height": height, "width": width})
+        annotations.append({"image_id": image_id, "file_name": f"{image_id}.png", "segments_info": segments})
+    content = {"images": images, "annotations": annotations, "categories": CATEGORIES}
+    (root / "annotations" / f"panoptic_{part}2017.json").write_text(json.dumps(content))
+
+
+def scene():
+    """Sky over a cat, a crowd of dogs, another dog of 257 * 1 ids, void, and a thing one pixel wide."""
+    ids = np.zeros((48, 64), int)
+    ids[:20] = 70000
+    ids[10:30, 5:25] = 3
+    ids[32:44, 30:60] = 4
+    ids[22:30, 30:50] = 257
+    ids[22:40, 60] = 9
+    return ids, {70000: (7, 0), 3: (1, 0), 4: (2, 1), 257: (2, 0), 9: (1, 0)}
+
+
+@pytest.fixture
+def root(tmp_path):
+    void = np.zeros((48, 64), int)
+    for part in ("train", "val"):
+        write_panoptic(tmp_path / "p", {20: scene(), 3: (void, {})}, part)
+    return tmp_path / "p"
+
+
+def raw(root, masks=True):
+    return CocoPanoptic(
+        root / "val2017", root / "panoptic_val2017", root / "annotations/panoptic_val2017.json", None, masks
+    )
+
+
+def test_an_item_holds_things_and_stuff_with_masks_and_their_boxes(root):
+    data = raw(root)
+    assert (
+        data.ids == [3, 20] and data.sizes == [(48, 64)] * 2 and data.thing_classes == [1, 2] and data.num_classes == 8
+    )
+    image, target = data[1]
+    ids = scene()[0]
+    assert image.shape == (3, 48, 64) and target["labels"].tolist() == [7, 1, 2]  # no crowd, nothing without area
+    assert target["boxes"].tolist() == [[0, 0, 63, 19], [5, 10, 24, 29], [30, 22, 49, 29]]
+    for mask, segment in zip(target["masks"], (70000, 3, 257), strict=True):
+        assert np.array_equal(mask, ids == segment)
+    assert target["area"].tolist() == [(ids == 70000).sum(), 400, 160] and target["image_id"].tolist() == [20]
+    empty = data[0][1]
+    assert empty["masks"].shape == (0, 48, 64) and empty["boxes"].shape == (0, 4)
+
+
+def test_without_masks_the_maps_stay_closed_and_boxes_are_the_same(root):
+    with_masks = raw(root)[1][1]
+    for path in (root / "panoptic_val2017").iterdir():
+        path.write_bytes(b"")
+    target = raw(root, masks=False)[1][1]
+    assert "masks" not in target
+    assert all(torch.equal(target[name], with_masks[name]) for name in target)
+
+
+def test_flags_build_it_with_coco_room_for_classes(root):
+    args = parse(f"--dataset_file coco_panoptic --coco_path {root} --masks")
+    data = build_dataset("val", args)
+    assert data.num_classes == 250 and data.return_masks
+    image, target = data[1]
+    assert image.dtype == torch.uint8 and target["masks"].shape[1:] == image.shape[1:] == (64, 85)
+    assert (
+        build_dataset("train", parse(f"--dataset_file coco_panoptic --coco_path {root} --num_classes 9")).num_classes
+        == 9
+    )
+    assert build("val", root, root.parent / "p").thing_classes == [1, 2]
+
+
+def test_objects_that_all_vanish_in_the_crop_leave_an_empty_target(tmp_path):
+    ids = np.zeros((60, 90), int)
+    ids[0:3, 0:3] = 1
+    write_panoptic(tmp_path, {1: (ids, {1: (1, 0)})}, "train")
+    data = build("train", tmp_path, return_masks=True, min_size=64, max_size=96)
+    seen = set()
+    for epoch in range(12):
+        data.set_epoch(epoch)
+        image, target = data[0]
+        seen.add(len(target["labels"]))
+        assert target["masks"].shape == (len(target["labels"]), *image.shape[1:]) and target["boxes"].shape[1] == 4
+    assert seen == {0, 1}
+
+
+def test_ap_is_judged_by_the_instances_file_or_else_by_the_things(root):
+    coco = get_coco_api_from_dataset(build("val", root, return_masks=True))
+    assert sorted(coco.cats) == [1, 2] and [a["iscrowd"] for a in coco.imgToAnns[20]] == [0, 1, 0, 0]
+    ids = scene()[0]
+    assert np.array_equal(coco.annToMask(coco.imgToAnns[20][1]), ids == 4)
+    assert coco.imgToAnns[20][0]["bbox"] == [5, 10, 20, 20]
+    content = {"images": [], "annotations": [], "categories": [{"id": 2, "name": "dog"}]}
+    (root / "annotations/instances_val2017.json").write_text(json.dumps(content))
+    assert sorted(build("val", root).coco.cats) == [2]
+
+
+def test_a_missing_map_and_one_of_other_ids_are_named(root):
+    path = root / "panoptic_val2017" / "20.png"
+    ids = scene()[0]
+    ids[ids == 257] = 300
+    Image.fromarray(np.stack([ids & 255, ids >> 8 & 255, ids >> 16], -1).astype(np.uint8)).save(path)
+    with pytest.raises(ValueError, match=r"20.png.*without a pixel: \[257\]; painted but not listed: \[300\]"):
+        raw(root)[1]
+    Image.fromarray(np.zeros((5, 6, 3), np.uint8)).save(path)
+    with pytest.raises(ValueError, match=r"20.png.*\(5, 6\).*\(48, 64\)"):
+        raw(root)[1]
+    path.unlink()
+    with pytest.raises(ValueError, match="1 panoptic maps that are not in .*20.png"):
+        raw(root)
+
+
+@pytest.mark.parametrize("change, words", [
+    (lambda d: d["annotations"].pop(), "images without a map: 3"),
+    (lambda d: d["images"].pop(), "maps of images that are not listed: 3"),
+    (lambda d: d["annotations"].append(d["annotations"][0]), "more than one map: 20"),
+    (lambda d: d["annotations"][0]["segments_info"][1].update(id=4), r"share an id.*image 20 \(segment 4\)"),
+    (lambda d: d["annotations"][0]["segments_info"][1].update(category_id=5), "image 20 .segment 3, category 5"),
+    (lambda d: d["annotations"][0]["segments_info"][1].update(id=0), "below 1"),
+    (lambda d: d["annotations"][0]["segments_info"][1].update(bbox=[1, 2]), "cannot be read"),
+    (lambda d: d.pop("categories"), "no list named 'categories'"),
+])  # fmt: skip
+def test_annotations_that_cannot_be_used_are_named(root, change, words):
+    path = root / "annotations/panoptic_val2017.json"
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=f"(?s)panoptic_val2017.json.*{words}"):
+        raw(root)
+
+
+def test_paths_that_lead_nowhere_are_named(root, tmp_path):
+    with pytest.raises(ValueError, match="--coco_path"):
+        build("val")
+    with pytest.raises(FileNotFoundError, match="--coco_panoptic_path .*nowhere"):
+        build("val", root, tmp_path / "nowhere")
+    with pytest.raises(ValueError, match="--num_classes must be at least 8"):
+        build("val", root, num_classes=5)
+
+
+def test_shapes_have_stuff_and_masks(tmp_path):
+    flags = f"--coco_path {tmp_path}/s --shapes_train 3 --shapes_val 2 --shapes_size 64 --shapes_classes 3 --masks"
+    panoptic = build_dataset("train", parse(f"--dataset_file shapes_panoptic {flags}"))
+    assert panoptic.num_classes == 6 and panoptic.thing_classes == [1, 2, 3]
+    assert {4, 5} <= set(panoptic[0][1]["labels"].tolist())
+    instances = build_dataset("train", parse(f"--dataset_file shapes {flags}"))
+    for i in range(3):
+        both, things = panoptic._target(i, *panoptic.sizes[i]), instances._target(i, *instances.sizes[i])
+        assert torch.equal(both["masks"][both["labels"] <= 3], things["masks"])
+    assert len(load_coco_api(tmp_path / "s/annotations/instances_train2017.json").cats) == 3
+
+
+@pytest.mark.skipif(
+    "DETR_TEST_COCO_PANOPTIC" not in os.environ, reason="DETR_TEST_COCO_PANOPTIC names no COCO panoptic folder"
+)
+def test_real_maps_go_with_their_annotations():
+    folder = Path(os.environ["DETR_TEST_COCO_PANOPTIC"])
+    data, boxes_only = build("val", folder, return_masks=True), build("val", folder)
+    for i in range(0, len(data), 5):
+        target, same = data._target(i, *data.sizes[i]), boxes_only._target(i, *data.sizes[i])
+        assert torch.equal(target["boxes"], same["boxes"]) and target["masks"].sum(0).max() <= 1

@@ -1,0 +1,69 @@
+"""Masks in every spelling of COCO's."""
+
+import io
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from pycocotools import mask as mask_api
+
+from datasets.masks import check_segment_ids, decode_mask, decode_masks, encode_masks, read_segment_ids
+
+DRAWN = np.zeros((6, 8), bool)
+DRAWN[1:4, 2:7] = True
+
+
+def test_polygons_and_runs_compressed_or_not_are_the_same_mask():
+    compressed = mask_api.encode(np.asfortranarray(DRAWN.astype(np.uint8)))
+    columns, counts = DRAWN.T.ravel(), [0]  # runs go down the columns and begin with zeros
+    for k, value in enumerate(columns):
+        if k and value != columns[k - 1]:
+            counts.append(0)
+        counts[-1] += 1
+    spellings = [
+        [[2, 1, 7, 1, 7, 4, 2, 4]],
+        [[2, 1, 5, 1, 5, 4, 2, 4], [4, 1, 7, 1, 7, 4, 4, 4]],  # two parts, overlapping
+        {"size": [6, 8], "counts": counts},
+        compressed,
+        {"size": [6, 8], "counts": compressed["counts"].decode()},
+    ]
+    for spelling in spellings:
+        assert np.array_equal(decode_mask(spelling, 6, 8), DRAWN), spelling
+
+
+@pytest.mark.parametrize("broken, words", [
+    ([], "neither"), ([[1, 2, 3, 4]], "at least three points"), (None, "neither"), ({"counts": [48]}, "neither"),
+    ({"size": [8, 6], "counts": [48]}, r"\[8, 6\] for an image of \[6, 8\]"),
+    ({"size": [6, 8], "counts": [40]}, "40 pixels for an image of 48"), ({"size": [6, 8], "counts": "abc"}, "Invalid"),
+])  # fmt: skip
+def test_what_is_no_mask_is_named(broken, words):
+    with pytest.raises(ValueError, match=f"a.json: image 7: segmentation 1 .*{words}"):
+        decode_masks([[[2, 1, 7, 1, 7, 4, 2, 4]], broken], 6, 8, "a.json: image 7")
+
+
+def test_overlapping_masks_and_single_pixels_survive_the_way_out_and_in():
+    masks = torch.zeros(4, 6, 8, dtype=torch.bool)
+    masks[0, 1:4, 2:7] = masks[1, 2:6, :5] = masks[2, 5, 7] = True  # the last is empty
+    codes = encode_masks(masks)
+    assert all(isinstance(code["counts"], str) for code in codes)
+    assert torch.equal(decode_masks(codes, 6, 8, ""), masks)
+    assert encode_masks(masks[:0]) == [] and decode_masks([], 6, 8, "").shape == (0, 6, 8)
+
+
+def test_a_map_is_read_by_its_colours(tmp_path):
+    ids = np.array([[0, 1, 255], [256, 65536, 65536 * 3 + 256 * 2 + 1]])
+    file = io.BytesIO()
+    Image.fromarray(np.stack([ids & 255, ids >> 8 & 255, ids >> 16], -1).astype(np.uint8)).save(file, "PNG")
+    assert np.array_equal(read_segment_ids(io.BytesIO(file.getvalue())), ids)
+    (tmp_path / "a.png").write_bytes(b"no picture")
+    with pytest.raises(ValueError, match="a.png.*not a readable panoptic map"):
+        read_segment_ids(tmp_path / "a.png")
+    with pytest.raises(FileNotFoundError, match="b.png"):
+        read_segment_ids(tmp_path / "b.png")
+
+
+def test_ids_are_compared_both_ways():
+    check_segment_ids("x.png", [0, 3, 5], [5, 3])
+    with pytest.raises(ValueError, match=r"x.png.*without a pixel: \[7\].*not listed: \[5\]"):
+        check_segment_ids("x.png", [0, 3, 5], [3, 7])
