@@ -119,7 +119,7 @@ def evaluate(
     stats = metrics.averages()
     for iou_type, name in (("bbox", "coco_eval_bbox"), ("segm", "coco_eval_masks")):
         if iou_type in evaluator.coco_eval:
-            stats[name] = [float(number) for number in evaluator.coco_eval[iou_type].stats]
+            stats[name] = [float(number) for number in evaluator.coco_eval[iou_type].stats[:12]]
     if panoptic:
         panoptic.synchronize_between_processes()
         quality = panoptic.summarize() or {}

@@ -67,6 +67,7 @@ class CocoEvaluator:
             for iou_type in self.iou_types:
                 found = {**self.coco_gt.dataset, "annotations": self._annotations(iou_type)}
                 evaluation = eval_class(truth, _coco(coco_class, found), iou_type)
+                evaluation.print_function = print  # faster-coco-eval would log the table; pycocotools prints it
                 evaluation.params.imgIds = list(self.results)
                 evaluation.evaluate()
                 evaluation.accumulate()
@@ -77,7 +78,8 @@ class CocoEvaluator:
         for iou_type, evaluation in self.coco_eval.items():
             with contextlib.redirect_stdout(io.StringIO()) as table:
                 evaluation.summarize()
-            logger.info(f"IoU metric: {iou_type}\n{table.getvalue().rstrip()}")
+            twelve = table.getvalue().splitlines()[:12]  # faster-coco-eval adds two of its own
+            logger.info("\n".join([f"IoU metric: {iou_type}", *twelve]))
 
     def predictions(self, iou_type: str = "bbox") -> list[dict]:
         """Return the detections in COCO's result format: boxes as (x, y, width, height), masks as run-length codes."""

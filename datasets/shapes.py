@@ -22,7 +22,8 @@ from util.logger import logger
 THINGS = ("circle", "square", "triangle", "star", "ring", "cross", "hexagon", "bar")
 STUFF = ("ground", "sky")  # their ids follow the things'
 EMPTY, CROWD, VOID = 0.06, 0.06, 0.3  # shares of the images without objects, with a crowd, with an unlabelled patch
-MOST_OBJECTS = 4
+MOST_OBJECTS = 3
+EXTENT = (0.15, 0.75)  # diameter of an object, as a share of the image's shorter side
 LARGEST_HIDDEN = 0.4  # an object is placed only if every other one keeps at least 60 % of its pixels
 
 
@@ -136,7 +137,7 @@ def draw_scene(rng: np.random.Generator, image_size: int, classes: int) -> tuple
         if len(labels) == wanted + 2:
             break
         label, segment = int(rng.integers(1, classes + 1)), len(labels) + 1
-        cover = _outline(rng, THINGS[label - 1], height, width, float(np.exp(rng.uniform(*np.log((0.18, 0.7))))))
+        cover = _outline(rng, THINGS[label - 1], height, width, rng.uniform(*EXTENT))
         hidden = np.bincount(ids[cover > 0.5], minlength=segment)
         now = np.bincount(ids.ravel(), minlength=segment)
         if all(now[i] - hidden[i] >= (1 - LARGEST_HIDDEN) * whole[i] for i in range(3, segment)):

@@ -89,6 +89,8 @@ class SetCriterion(nn.Module):
         else:  # a matcher of your own, layer by layer
             indices = [self.matcher(layer, targets) for layer in layers]
         sizes = [len(target["labels"]) for target in targets]
+        # At evaluation processes may hold different numbers of batches, and must not wait for each other.
+        num_boxes = mean_over_processes(sum(sizes), logits.device) if self.training else sum(sizes)
         first = [sum(sizes[:i]) for i in range(len(sizes))]  # of each image's objects, when all are laid end to end
         pairs = torch.stack(  # built on the CPU, sent in one copy: (image, query, object) of every pair of every layer
             [
@@ -113,7 +115,7 @@ class SetCriterion(nn.Module):
             labels=torch.cat([target["labels"] for target in targets])[answered],
             target_boxes=torch.cat([target["boxes"] for target in targets]).float()[answered],
             sizes=sizes,
-            num_boxes=_at_least_one(mean_over_processes(sum(sizes), logits.device)),
+            num_boxes=_at_least_one(num_boxes),
             masks=self._masks(outputs, image[0], query[0]),
             target_masks=self._target_masks(targets, answered[0]),
         )

@@ -26,15 +26,14 @@ class DETR(nn.Module):
         self, backbone: nn.Module, transformer: nn.Module, num_classes: int, num_queries: int, aux_loss: bool = False
     ):
         super().__init__()
-        hidden_dim = transformer.d_model
-        self.num_queries = num_queries
-        self.transformer = transformer
-        self.class_embed = nn.Linear(hidden_dim, num_classes + 1)
-        self.bbox_embed = MLP(hidden_dim, hidden_dim, 4, 3)
-        self.query_embed = nn.Embedding(num_queries, hidden_dim)
-        self.input_proj = nn.Conv2d(backbone.num_channels, hidden_dim, kernel_size=1)
+        width = transformer.d_model
         self.backbone = backbone
-        self.aux_loss = aux_loss
+        self.input_proj = nn.Conv2d(backbone.num_channels, width, kernel_size=1)
+        self.query_embed = nn.Embedding(num_queries, width)
+        self.transformer = transformer
+        self.class_embed = nn.Linear(width, num_classes + 1)
+        self.bbox_embed = MLP(width, width, 4, 3)
+        self.num_queries, self.aux_loss = num_queries, aux_loss
 
     def forward(self, samples: NestedTensor) -> dict[str, Tensor]:
         """Detect objects.

@@ -49,6 +49,14 @@ def test_both_backends_give_the_same_twelve_numbers(truth):
     assert numbers(truth, results, "pycocotools")[:12] == numbers(truth, results, "faster")[:12]
 
 
+@pytest.mark.parametrize("backend", ["pycocotools", "faster"])
+def test_the_twelve_numbers_are_printed(truth, capsys, backend):
+    numbers(truth, detections(truth), backend)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "IoU metric: bbox" and len(lines) == 13
+    assert lines[1].strip().startswith("Average Precision  (AP) @[ IoU=0.50:0.95") and lines[1].endswith("= 1.000")
+
+
 def test_order_and_repetition_of_images_do_not_matter(truth):
     results = detections(truth, shift=3)
     backwards = dict(reversed(results.items()))

@@ -192,6 +192,8 @@ def test_masks_and_panoptic_are_drawn_and_written(coco_root, tmp_path):
     assert found.masks.shape == (8, 48, 64) and found.masks.dtype == torch.bool
     assert found.kinds == ["boxes", "masks", "panoptic"]
     assert set(np.unique(found.segment_ids)) - {0} == {segment["id"] for segment in found.segments}
+    some = predictor(found.image, threshold=float(found.scores[2]))  # the masks are those of the queries kept, in order
+    assert len(some) == 3 and torch.equal(some.masks, found.masks[:3])
     assert predictor(found.image, threshold=1.0).masks.shape == (0, 48, 64)
     for kind in found.kinds:
         assert found.draw(kind).size == (480, 360)

@@ -1,6 +1,7 @@
-"""A picture of panoptic maps: each image beside its segments, with the classes written on them.
+r"""A picture of panoptic maps: each image beside its segments, with the classes written on them.
 
-python tools/draw_panoptic.py runs/masks/panoptic_eval --images DATA/val2017 --truth DATA/annotations/panoptic_val2017.json
+python tools/draw_panoptic.py runs/masks/panoptic_eval --images DATA/val2017 \
+    --truth DATA/annotations/panoptic_val2017.json --output segments.png
 """
 
 import argparse
