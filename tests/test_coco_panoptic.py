@@ -86,6 +86,17 @@ def test_an_item_holds_things_and_stuff_with_masks_and_their_boxes(root):
     assert empty["masks"].shape == (0, 48, 64) and empty["boxes"].shape == (0, 4)
 
 
+def test_the_order_of_the_file_does_not_matter(tmp_path):
+    two = np.ones((12, 16), int)
+    two[:6] = 5
+    write_panoptic(tmp_path, {9: (two, {1: (7, 0), 5: (1, 0)}), 4: (two + 1, {6: (2, 0), 2: (7, 0)})})
+    for masks in (True, False):
+        targets = [raw(tmp_path, masks)[i][1] for i in (0, 1)]
+        assert [t["image_id"].item() for t in targets] == [4, 9]
+        assert [t["labels"].tolist() for t in targets] == [[2, 7], [7, 1]]
+        assert [t["boxes"][:, 1].tolist() for t in targets] == [[0, 6], [6, 0]]
+
+
 def test_without_masks_the_maps_stay_closed_and_boxes_are_the_same(root):
     with_masks = raw(root)[1][1]
     for path in (root / "panoptic_val2017").iterdir():

@@ -8,10 +8,12 @@ import torch
 from PIL import Image
 
 import main
+from datasets import build_dataset
 from datasets.coco import load_coco_api
 from datasets.coco_eval import CocoEvaluator
-from datasets.masks import decode_mask
+from datasets.masks import decode_mask, read_segment_ids
 from datasets.shapes import generate
+from engine import evaluate
 from tests.conftest import parse
 
 HEAD = "--hidden_dim 128 --nheads 8 --dataset_file shapes_panoptic --shapes_classes 2"
@@ -92,6 +94,27 @@ def test_the_panoptic_maps_are_left_on_disk(stages):
     for record in records:
         ids = np.asarray(Image.open(folder / record["file_name"]), np.int64) @ [1, 256, 65536]
         assert set(np.unique(ids)) - {0} == {s["id"] for s in record["segments_info"]}
+
+
+def test_no_segment_has_the_id_of_void_and_small_batches_or_large_give_the_same(stages, tmp_path):
+    out, common = stages
+    maps = []
+    for size in (1, 3):
+        args = parse(f"{common} --masks --batch_size {size} --eval_padding_free")
+        data = build_dataset("val", args)
+        args.num_classes, args.thing_classes = data.num_classes, data.thing_classes
+        device = torch.device("cpu")
+        model, criterion, post, *_ = main.build_parts(args, device, out / "masks/checkpoint.pth")
+        post["panoptic"].threshold = 0.0  # all but "no object"
+        model.detr.class_embed.bias.data[-1] = -99.0
+        loader = main.build_val_loader(data, args, device)
+        evaluate(model, criterion, post, loader, data.coco, device, tmp_path / str(size))
+        folder = tmp_path / str(size) / "panoptic_eval"
+        maps.append(json.loads((folder / "predictions.json").read_text())["annotations"])
+        for record in maps[-1]:
+            assert record["segments_info"] and min(s["id"] for s in record["segments_info"]) == 1
+            assert read_segment_ids(folder / record["file_name"]).min() >= 1
+    assert maps[0] == maps[1]
 
 
 def test_a_mask_run_goes_on_and_evaluates_from_its_own_checkpoint(stages):

@@ -120,6 +120,25 @@ def test_targets_are_padded_to_the_largest_and_need_masks():
         criterion(outputs, [{k: v for k, v in t.items() if k != "masks"} for t in targets])
 
 
+def test_each_mask_is_held_against_its_own_object():
+    _, criterion, _ = build()
+    torch.manual_seed(1)
+    outputs = {"pred_logits": torch.randn(2, 8, 6), "pred_boxes": torch.rand(2, 8, 4) / 4 + 0.3}
+    outputs["pred_masks"] = torch.randn(2, 8, 20, 24)
+    earlier = {"pred_logits": torch.randn(2, 8, 6), "pred_boxes": torch.rand(2, 8, 4) / 4 + 0.3}  # matches otherwise
+    targets = [target([1, 4, 2], 80, 96), target([3, 0], 80, 96)]
+    losses = criterion({**outputs, "aux_outputs": [earlier]}, targets)
+    focal = dice = 0.0
+    for i, (queries, objects) in enumerate(criterion.matcher(outputs, targets)):
+        for query, k in zip(queries, objects, strict=True):
+            mask = nn.functional.interpolate(outputs["pred_masks"][i, query][None, None], (80, 96), mode="bilinear")
+            wanted = targets[i]["masks"][k].float().reshape(1, -1)
+            focal += sigmoid_focal_loss(mask.reshape(1, -1), wanted, 5)
+            dice += dice_loss(mask.reshape(1, -1), wanted, 5)
+    torch.testing.assert_close(losses["loss_mask"], focal, rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(losses["loss_dice"], dice, rtol=1e-5, atol=1e-7)
+
+
 def test_a_frozen_detector_neither_learns_nor_moves():
     model, criterion, _ = build("--frozen_weights somewhere --backbone_norm batch --dropout 0.5")
     model.train()
