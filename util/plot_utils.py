@@ -38,21 +38,27 @@ def plot_logs(
     with that centre of mass. The field "mAP" is COCO's AP, "AP50" its AP at IoU 0.5.
     """
     folders = [Path(logs)] if isinstance(logs, (str, Path)) else [Path(folder) for folder in logs]
-    figure, axes = plt.subplots(ncols=len(fields), figsize=(5 * len(fields), 4), squeeze=False)
+    columns = min(len(fields), 4)
+    rows = -(-len(fields) // columns)
+    figure, grid = plt.subplots(rows, columns, figsize=(5 * columns, 4 * rows), squeeze=False)
+    axes, spare = grid.flat[: len(fields)], grid.flat[len(fields) :]
     for folder, colour in zip(folders, plt.cm.tab10.colors * len(folders), strict=False):
-        rows = read_log(folder, log_name)
-        for field, axis in zip(fields, axes[0], strict=True):
+        log = read_log(folder, log_name)
+        for field, axis in zip(fields, axes, strict=True):
             for prefix, style in (("train", "-"), ("test", "--")):
-                epochs, values = _series(rows, field, prefix)
+                epochs, values = _series(log, field, prefix)
                 if values:
                     axis.plot(epochs, _smooth(values, ewm_col), style, color=colour, label=f"{folder.name} {prefix}")
-    for field, axis in zip(fields, axes[0], strict=True):
+    for field, axis in zip(fields, axes, strict=True):
         axis.set(title=field, xlabel="epoch")
+        axis.xaxis.get_major_locator().set_params(integer=True)
         axis.grid(alpha=0.3)
         if axis.lines:
             axis.legend(fontsize="small")
+    for axis in spare:
+        axis.remove()
     figure.tight_layout()
-    return figure, axes[0]
+    return figure, axes
 
 
 def _series(rows: list[dict], field: str, prefix: str) -> tuple[list[int], list[float]]:
