@@ -1,7 +1,7 @@
 """What one epoch of training and one pass of evaluation do."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -29,12 +29,18 @@ def train_one_epoch(
     scaler: torch.amp.GradScaler | None = None,
     accum_steps: int = 1,
     print_freq: int = 10,
+    done: int = 0,
+    sums: dict[str, list] | None = None,
+    after_step: Callable[[int, MetricLogger], None] | None = None,
 ) -> dict[str, float]:
     """Train on every batch once; return the epoch's averages.
 
     Gradients are clipped to a norm of `max_norm` (0: not at all). `amp` is "bf16", "fp16" (with a `scaler`) or None.
     The optimizer steps every `accum_steps` batches, on the mean of their gradients. Raises FloatingPointError, before
     the weights are touched, when the loss is not finite.
+
+    An epoch taken up in the middle has `done` batches behind it (the loader holds only the others), with `sums` of
+    their numbers. `after_step(done, metrics)` is called after each step of the optimizer.
     """
     model.train()
     criterion.train()
@@ -42,8 +48,10 @@ def train_one_epoch(
     metrics = MetricLogger()
     metrics.add_meter("lr", SmoothedValue(window_size=1, fmt="{value:.6f}"))
     metrics.add_meter("class_error", SmoothedValue(window_size=1, fmt="{value:.2f}"))
+    metrics.add_sums(sums or {})
     batches = len(data_loader)
-    for step, (samples, targets) in enumerate(metrics.log_every(data_loader, print_freq, f"Epoch: [{epoch}]")):
+    rows = metrics.log_every(data_loader, print_freq, f"Epoch: [{epoch}]", start=done)
+    for step, (samples, targets) in enumerate(rows):
         ids = [int(target["image_id"]) for target in targets if "image_id" in target]
         samples = samples.to(device, non_blocking=True)
         targets = to_device(targets, device)
@@ -54,7 +62,7 @@ def train_one_epoch(
                 outputs = model(samples)
             losses = criterion(outputs, targets)
             values = loss_values(losses, criterion.weight_dict)
-            check_finite(values, f"epoch {epoch}, step {step}, images {ids}")
+            check_finite(values, f"epoch {epoch}, step {done + step}, images {ids}")
             loss = sum(losses[name] * weight for name, weight in criterion.weight_dict.items() if name in losses)
             scaler.scale(loss / group).backward()
         if closes:
@@ -65,6 +73,8 @@ def train_one_epoch(
             scaler.update()
             optimizer.zero_grad()
         metrics.update(**values, lr=optimizer.param_groups[0]["lr"])
+        if closes and after_step:
+            after_step(done + step + 1, metrics)
     metrics.synchronize_between_processes()
     return metrics.averages()
 

@@ -8,20 +8,23 @@ python main.py --coco_path /data/coco --masks --frozen_weights FILE  # masks on 
 import argparse
 import json
 import time
+import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
 import torch
 from torch import nn
+from torch.distributed.elastic.multiprocessing.errors import record
 from torch.utils.data import DataLoader, Dataset
 
 import datasets
 import models
 from datasets import build_dataset, get_coco_api_from_dataset
 from datasets.batches import EvalBatches, TrainBatches
+from datasets.coco import AUGMENTS
 from datasets.coco_eval import CocoEvaluator, curves
 from datasets.transforms import resized_size
 from engine import evaluate, train_one_epoch
@@ -35,9 +38,19 @@ from util.checkpoint import (
     save_checkpoint,
     versions,
 )
-from util.dist import all_gather, get_rank, get_world_size, init_distributed_mode, is_main_process, pick_device
+from util.dist import (
+    ProcessInfo,
+    all_gather,
+    from_main,
+    get_rank,
+    get_world_size,
+    is_main_process,
+    pick_device,
+    process_group,
+)
 from util.finetune import finetune
-from util.logger import logger
+from util.interruption import Interruption, leave_signals_to_the_main_process
+from util.logger import MetricLogger, logger, merge_sums
 from util.misc import get_sha
 from util.nested_tensor import collate_fn
 from util.plot_utils import draw_curves
@@ -110,6 +123,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--min_size", default=new["min_size"], type=int,
         help="shortest side at evaluation; all training sizes scale with it")
     add("--max_size", default=new["max_size"], type=int, help="most pixels of the longest side")
+    add("--augment", default=new["augment"], choices=AUGMENTS,
+        help="full: the published flips, sizes and crops; flip: only flips, at the evaluation's size; none: neither")
     add("--shapes_train", default=new["shapes_train"], type=int, help="generated training images")
     add("--shapes_val", default=new["shapes_val"], type=int, help="generated validation images")
     add("--shapes_size", default=new["shapes_size"], type=int, help="longest side of generated images")
@@ -131,6 +146,8 @@ def get_args_parser() -> argparse.ArgumentParser:
         help="batch only images of equal size at evaluation: batch size cannot matter")
     add("--coco_eval", default="auto", choices=("auto", "faster", "pycocotools"),
         help="AP by faster-coco-eval or pycocotools (the same numbers); auto: the faster one where installed")
+    add("--save_every_steps", default=0, type=int,
+        help="write checkpoint.pth every so many steps too; 0: after each epoch, and when a signal ends the run")
     add("--print_freq", default=10, type=int, help="steps between log lines")
     add("--num_workers", default=2, type=int, help="data loading processes, per training process")
 
@@ -157,6 +174,7 @@ def check_flags(args) -> None:
         (args.batch_size < 1, f"--batch_size {args.batch_size}: at least 1"),
         (args.accum_steps < 1, f"--accum_steps {args.accum_steps}: at least 1"),
         (args.eval_every < 1, f"--eval_every {args.eval_every}: at least 1"),
+        (args.save_every_steps < 0, f"--save_every_steps {args.save_every_steps}: 0 or more"),
         (args.lr_drop < 1, f"--lr_drop {args.lr_drop}: at least 1"),
         (args.max_size < args.min_size, f"--max_size {args.max_size} is below --min_size {args.min_size}"),
         (args.resume == "auto" and not args.output_dir, "--resume auto looks in --output_dir: give one"),
@@ -181,41 +199,92 @@ class Run:
     scaler: torch.amp.GradScaler
     args: argparse.Namespace
     class_names: dict[int, str]
-    epoch: int  # the next to train
+    epoch: int  # the one under way
+    seen: int = 0  # images of it that all processes together have trained on
+    sums: dict = field(default_factory=dict)  # and what their numbers summed up to, on this process
     best: float = -1.0  # AP (or PQ) of the best epoch so far
 
     def state(self) -> dict:
-        """Tensors and plain Python, for every process to call (the generators of all are in it)."""
+        """Tensors and plain Python, for every process to call (there is something of each in it)."""
+        everyones = all_gather({"rng": rng_state(), "sums": self.sums})
         return {
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "lr_scheduler": self.lr_scheduler.state_dict(),
             "scaler": self.scaler.state_dict(),
-            "epoch": self.epoch - 1,
+            "epoch": self.epoch - 1,  # the last one that is complete
+            "seen": self.seen,
             "args": vars(self.args),
             "class_names": self.class_names,
             "best": self.best,
-            "rng": all_gather(rng_state()),
+            "processes": everyones,
             "versions": versions(),
         }
 
-    def restore(self, state: dict) -> None:
-        """Go on from a checkpoint; one that holds only a model gives only that."""
+    def restore(self, state: dict, name: str) -> None:
+        """Go on from a checkpoint; one that holds only a model gives only that.
+
+        Flags that differ from the checkpoint's hold from here on, and are told. Raises ValueError where they cannot.
+        """
         if "optimizer" not in state:
+            logger.info(f"{name} holds a model and no optimizer: training begins at epoch {self.epoch}")
             return
-        self.optimizer.load_state_dict(state["optimizer"])
+        if state["epoch"] >= self.args.epochs:
+            raise ValueError(
+                f"--epochs {self.args.epochs}, but {name} has {state['epoch'] + 1} epochs behind it: ask for more"
+            )
+        try:
+            self.optimizer.load_state_dict(state["optimizer"])
+        except ValueError as error:
+            raise ValueError(
+                f"{name}: its optimizer trained other parameters ({error}). --lr_backbone 0, --backbone_norm and "
+                "--frozen_weights must be as they were; to begin anew from these weights, use --finetune"
+            ) from None
         self.lr_scheduler.load_state_dict(state["lr_scheduler"])
         self.scaler.load_state_dict(state.get("scaler", {})) if state.get("scaler") else None
         self.epoch = state["epoch"] + 1
+        self.seen = state.get("seen", 0)
         self.best = state.get("best", -1.0)
-        if len(state.get("rng", ())) == get_world_size():
-            restore_rng(state["rng"][get_rank()])
+        self._adopt_flags(state.get("args", {}))
+        processes = state.get("processes", [])
+        if len(processes) == get_world_size():
+            self.sums = processes[get_rank()]["sums"]
+            restore_rng(processes[get_rank()]["rng"])
+        elif processes:
+            logger.warning(
+                f"{name} was written by {len(processes)} processes, now there are {get_world_size()}: the run goes on "
+                "at the same image, but with other random numbers"
+            )
+            self.sums = merge_sums([theirs["sums"] for theirs in processes]) if is_main_process() else {}
+
+    def _adopt_flags(self, saved: dict | argparse.Namespace) -> None:
+        saved = saved if isinstance(saved, dict) else vars(saved)
+        changed = {
+            name: f"--{name} {saved[name]} -> {value}"
+            for name, value in vars(self.args).items()
+            if name in saved and saved[name] != value and name not in ("resume", "output_dir")
+        }
+        if changed:
+            logger.info(f"flags unlike the checkpoint's hold from here on: {', '.join(changed.values())}")
+        if changed.keys() & {"lr", "lr_backbone", "lr_drop", "weight_decay"}:
+            schedule = self.lr_scheduler
+            schedule.step_size, schedule.base_lrs = self.args.lr_drop, [self.args.lr, self.args.lr_backbone]
+            for group, rate in zip(self.optimizer.param_groups, schedule.base_lrs, strict=True):
+                group["lr"] = rate * schedule.gamma ** (schedule.last_epoch // schedule.step_size)
+                group["weight_decay"] = self.args.weight_decay
+            schedule._last_lr = [group["lr"] for group in self.optimizer.param_groups]
 
 
+@record
 def main(args) -> None:
     """Run what the flags say. Raises ValueError or FileNotFoundError for flags and files that cannot be used."""
     check_flags(args)
-    processes = init_distributed_mode(args.device, args.dist_url)
+    with process_group(args.device, args.dist_url) as processes:
+        run_process(args, processes)
+
+
+def run_process(args, processes: ProcessInfo) -> None:
+    """Do one process's share of the run."""
     device = pick_device(args.device, processes.local_rank)
     logger.info(get_sha())
     logger.info(args)
@@ -232,7 +301,7 @@ def main(args) -> None:
     val_loader = build_val_loader(val_set, args, device)
     base_ds = get_coco_api_from_dataset(val_set) if is_main_process() else None
 
-    resume = newest_checkpoint(output_dir) if args.resume == "auto" else args.resume
+    resume = from_main(lambda: newest_checkpoint(output_dir)) if args.resume == "auto" else args.resume
     model, criterion, postprocessors, checkpoint = build_parts(args, device, resume)
 
     judge = partial(
@@ -248,7 +317,9 @@ def main(args) -> None:
 
     run = build_run(args, model, train_set)
     if checkpoint:
-        run.restore(checkpoint)
+        run.restore(checkpoint, str(resume))
+        if output_dir and is_main_process():
+            forget_rows(output_dir / "log.txt", run.epoch)
     start = time.perf_counter()
     train(run, distribute(model, processes, device), criterion, train_set, judge, device, output_dir)
     logger.info(f"Training time {timedelta(seconds=int(time.perf_counter() - start))}")
@@ -265,21 +336,54 @@ def train(
     logger.info(f"{n_parameters} trainable parameters; {args.epochs} epochs, {run.epoch} of them done")
     while run.epoch < args.epochs:
         epoch = run.epoch
-        train_set.set_epoch(epoch)
-        loader.batch_sampler.set_epoch(epoch)
-        train_stats = train_one_epoch(
-            model, criterion, loader, run.optimizer, device, epoch, args.clip_max_norm,
-            amp=args.amp, scaler=run.scaler, accum_steps=args.accum_steps, print_freq=args.print_freq,
-        )  # fmt: skip
-        run.lr_scheduler.step()
-        run.epoch += 1
-        if output_dir:  # before the evaluation: whatever happens there, the epoch is not lost
-            save_run(run, output_dir, "checkpoint.pth")
-        test_stats, evaluator = judge() if run.epoch % args.eval_every == 0 or run.epoch == args.epochs else ({}, None)
+        train_stats = finish_epoch(run, model, criterion, loader, device, output_dir)
+        judged_now = (epoch + 1) % args.eval_every == 0 or epoch + 1 == args.epochs
+        test_stats, evaluator = judge() if judged_now else ({}, None)
+        with warnings.catch_warnings():  # torch misses the steps when they were done before a resume
+            warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")
+            run.lr_scheduler.step()
+        run.epoch, run.seen, run.sums = epoch + 1, 0, {}
         if output_dir:
             log = {f"train_{name}": value for name, value in train_stats.items()}
             log |= {f"test_{name}": value for name, value in test_stats.items()}
             leave_behind(output_dir, run, log | {"epoch": epoch, "n_parameters": n_parameters}, evaluator)
+
+
+def finish_epoch(
+    run: Run, model: nn.Module, criterion: nn.Module, loader: DataLoader, device: torch.device,
+    output_dir: Path | None,
+) -> dict[str, float]:  # fmt: skip
+    """Train on what is left of the epoch and return its averages; save now and then, and when a signal ends the run.
+
+    It ends with a checkpoint whose epoch lacks only the evaluation: whatever happens there, the training is not lost.
+    """
+    args, batches = run.args, loader.batch_sampler
+    loader.dataset.set_epoch(run.epoch)
+    batches.set_epoch(run.epoch, run.seen)
+    done = -(-run.seen // batches.images_per_step)  # more than what was seen only after a change of batch size
+    first, last = done, done + len(batches)
+
+    def after_step(done: int, metrics: MetricLogger) -> None:
+        signal = interruption.requested()
+        steps = done // args.accum_steps
+        if not signal and done < last and not (args.save_every_steps and steps % args.save_every_steps == 0):
+            return
+        run.seen = batches.seen + (done - first) * batches.images_per_step if done < last else batches.length
+        run.sums = metrics.sums()
+        where = f"after {done} of {last} batches of epoch {run.epoch}"
+        if output_dir:
+            save_run(run, output_dir, "checkpoint.pth")
+        if signal:
+            saved = f"saved {output_dir}/checkpoint.pth; go on with --resume auto" if output_dir else "nothing saved"
+            logger.info(f"stopped by a signal {where}: {saved}")
+            interruption.leave(signal)
+
+    with Interruption() as interruption:
+        return train_one_epoch(
+            model, criterion, loader, run.optimizer, device, run.epoch, args.clip_max_norm,
+            amp=args.amp, scaler=run.scaler, accum_steps=args.accum_steps, print_freq=args.print_freq,
+            done=done, sums=run.sums, after_step=after_step,
+        )  # fmt: skip
 
 
 def build_parts(args, device: torch.device, resume: str | Path | None) -> tuple:
@@ -343,6 +447,7 @@ def _loader(dataset: Dataset, batches, args, device: torch.device) -> DataLoader
         collate_fn=collate_fn,
         num_workers=args.num_workers,
         persistent_workers=args.num_workers > 0,
+        worker_init_fn=leave_signals_to_the_main_process,
         pin_memory=device.type == "cuda",
         generator=torch.Generator(),  # its own: the global one belongs to dropout, and must not depend on loaders
     )
@@ -364,26 +469,39 @@ def save_run(run: Run, output_dir: Path, *names: str) -> None:
 
 
 def leave_behind(output_dir: Path, run: Run, log: dict, evaluator: CocoEvaluator | None) -> None:
-    """Write what an epoch leaves beside `checkpoint.pth`. Every process calls it, the main one writes."""
-    epoch, names = log["epoch"], []
+    """Write what an epoch leaves, its checkpoint last. Every process calls it, the main one writes."""
+    epoch, names = log["epoch"], ["checkpoint.pth"]
     if run.epoch % run.args.lr_drop == 0 or run.epoch % 100 == 0:
         names.append(f"checkpoint{epoch:04}.pth")
-    better = any(all_gather(judged(log) > run.best))  # only the main process knows
-    if better:
-        run.best = judged(log)
-        names += ["checkpoint_best.pth", "checkpoint.pth"]  # the newest one too must know which was best
-    if names:
-        save_run(run, output_dir, *names)
-    if not is_main_process():
-        return
+    quality = from_main(lambda: judged(log))
+    if quality > run.best:
+        run.best = quality
+        names.append("checkpoint_best.pth")
+    if is_main_process():
+        write_results(output_dir, log, evaluator)
+    save_run(run, output_dir, *names)
+
+
+def write_results(output_dir: Path, log: dict, evaluator: CocoEvaluator | None) -> None:
+    """Append the epoch's row to `log.txt`, redraw the curves, and write the predictions of an evaluation."""
     with (output_dir / "log.txt").open("a") as file:
         file.write(json.dumps(log) + "\n")
     draw_curves(output_dir)
     if evaluator and "bbox" in evaluator.coco_eval:
         evaluator.save_predictions(output_dir)
         (output_dir / "eval").mkdir(exist_ok=True)
-        files = [output_dir / "eval" / "latest.pth"] + [output_dir / "eval" / f"{epoch:03}.pth"] * (epoch % 50 == 0)
+        numbered = [output_dir / "eval" / f"{log['epoch']:03}.pth"] if log["epoch"] % 50 == 0 else []
+        files = [output_dir / "eval" / "latest.pth", *numbered]
         save_checkpoint(curves(evaluator.coco_eval["bbox"]), *files)
+
+
+def forget_rows(log_file: Path, epoch: int) -> None:
+    """Drop from a log the epochs that are about to be gone through (again): one row each is left in the end."""
+    if log_file.exists():
+        lines = log_file.read_text().splitlines(keepends=True)
+        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["epoch"] < epoch]
+        if len(kept) < len(lines):
+            log_file.write_text("".join(kept))
 
 
 def judged(log: dict) -> float:

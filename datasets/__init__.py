@@ -16,6 +16,7 @@ NEW_FLAGS = {
     "num_classes": None,
     "min_size": 800,
     "max_size": 1333,
+    "augment": "full",
     "train_images": None,
     "train_annotations": None,
     "val_images": None,
@@ -37,7 +38,8 @@ def build_dataset(image_set: str, args) -> Dataset:
     if args.dataset_file not in DATASETS:
         raise ValueError(f"no dataset {args.dataset_file!r}: --dataset_file is one of {', '.join(DATASETS)}")
     flag = {name: getattr(args, name, default) for name, default in NEW_FLAGS.items()}
-    options = {name: flag[name] for name in ("min_size", "max_size", "num_classes")}
+    transforms = coco.make_coco_transforms(image_set, flag["min_size"], flag["max_size"], flag["augment"])
+    options = {"transforms": transforms, "num_classes": flag["num_classes"]}
     options |= {"return_masks": args.masks, "seed": args.seed}
     if args.dataset_file.startswith("shapes"):
         counts = {"train": flag["shapes_train"], "val": flag["shapes_val"]}

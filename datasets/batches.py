@@ -18,30 +18,31 @@ class TrainBatches(Sampler[list[int]]):
     def __init__(self, length: int, batch_size: int, seed: int = 0, rank: int = 0, world_size: int = 1):
         self.length, self.batch_size, self.seed = length, batch_size, seed
         self.rank, self.world_size = rank, world_size
-        self.epoch, self.done = 0, 0
-        if not self.batches_per_epoch:
+        self.epoch, self.seen = 0, 0
+        if not len(self):
             raise ValueError(
                 f"{length} training images do not fill one batch of {batch_size} on each of {world_size} processes: "
                 "lower --batch_size"
             )
 
     @property
-    def batches_per_epoch(self) -> int:
-        """Batches in a whole epoch, on each process."""
-        return -(-self.length // self.world_size) // self.batch_size
+    def images_per_step(self) -> int:
+        """Images in a batch of all processes together."""
+        return self.batch_size * self.world_size
 
-    def set_epoch(self, epoch: int, done: int = 0) -> None:
-        """Choose the epoch, and how many of its batches lie behind already."""
-        self.epoch, self.done = epoch, done
+    def set_epoch(self, epoch: int, seen: int = 0) -> None:
+        """Choose the epoch, and how many images of its order lie behind already (whoever went through them)."""
+        self.epoch, self.seen = epoch, min(seen, self.length)
 
     def __len__(self) -> int:
-        return self.batches_per_epoch - self.done
+        return -(-(self.length - self.seen) // self.world_size) // self.batch_size
 
     def __iter__(self) -> Iterator[list[int]]:
         order = torch.randperm(self.length, generator=torch.Generator().manual_seed(self.seed + self.epoch)).tolist()
-        order += order[: -self.length % self.world_size]
-        mine = order[self.rank :: self.world_size]
-        for k in range(self.done, self.batches_per_epoch):
+        rest = order[self.seen :]
+        rest += order[: -len(rest) % self.world_size]
+        mine = rest[self.rank :: self.world_size]
+        for k in range(len(self)):
             yield mine[k * self.batch_size : (k + 1) * self.batch_size]
 
 

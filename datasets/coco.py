@@ -17,6 +17,7 @@ from datasets.masks import decode_masks
 # The published recipe, for a shortest side of 800; other sizes scale it.
 TRAIN_SCALES = tuple(range(480, 801, 32))
 CROP_SOURCES, CROP_SIDES = (400, 500, 600), (384, 600)
+AUGMENTS = ("full", "flip", "none")
 
 
 class CocoDetection(Dataset):
@@ -136,14 +137,19 @@ def index_coco(instances: dict):
     return coco
 
 
-def make_coco_transforms(image_set: str, min_size: int = 800, max_size: int = 1333) -> T.Compose:
+def make_coco_transforms(image_set: str, min_size: int = 800, max_size: int = 1333, augment: str = "full") -> T.Compose:
     """Build the published augmentation for `train`, and the fixed resize for `val`.
 
     `min_size` is the shortest side at evaluation and the largest drawn in training; the other training sizes keep
-    their proportion to it.
+    their proportion to it. `augment` is "full", or for data that is meant to be learned as it is "flip" (at the
+    evaluation's size) or "none".
     """
+    if image_set not in ("train", "val"):
+        raise ValueError(f"no transforms for image set {image_set!r}: choose train or val")
+    if augment not in AUGMENTS:
+        raise ValueError(f"no augmentation {augment!r}: choose {', '.join(AUGMENTS)}")
     scale = min_size / 800
-    if image_set == "train":
+    if image_set == "train" and augment == "full":
         scales = [round(side * scale) for side in TRAIN_SCALES]
         steps = [
             T.RandomHorizontalFlip(),
@@ -158,10 +164,9 @@ def make_coco_transforms(image_set: str, min_size: int = 800, max_size: int = 13
                 ),
             ),
         ]
-    elif image_set == "val":
-        steps = [T.RandomResize([min_size], max_size)]
     else:
-        raise ValueError(f"no transforms for image set {image_set!r}: choose train or val")
+        flip = [T.RandomHorizontalFlip()] if image_set == "train" and augment == "flip" else []
+        steps = [*flip, T.RandomResize([min_size], max_size)]
     return T.Compose([*steps, T.PILToTensor(), T.RelativeBoxes()])
 
 
@@ -170,12 +175,13 @@ def build(
     coco_path: str | Path | None = None,
     images: str | Path | None = None,
     annotations: str | Path | None = None,
+    transforms: T.Compose | None = None,
     **options,
 ) -> CocoDetection:
     """Build the `train` or `val` part of a dataset in COCO's layout, or of an image folder and annotation file.
 
     COCO's layout is `{image_set}2017/` and `annotations/instances_{image_set}2017.json` under `coco_path`; `images` and
-    `annotations` override either. `options` are `min_size`, `max_size` and CocoDetection's.
+    `annotations` override either. `transforms` are by default the published ones, and `options` CocoDetection's.
     """
     if not (images and annotations):
         if coco_path is None:
@@ -188,5 +194,4 @@ def build(
             raise FileNotFoundError(f"--coco_path {root}: no such folder")
         images = images or root / f"{image_set}2017"
         annotations = annotations or root / "annotations" / f"instances_{image_set}2017.json"
-    transforms = make_coco_transforms(image_set, options.pop("min_size", 800), options.pop("max_size", 1333))
-    return CocoDetection(images, annotations, transforms, **options)
+    return CocoDetection(images, annotations, transforms or make_coco_transforms(image_set), **options)

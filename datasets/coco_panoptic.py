@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from datasets import transforms as T
 from datasets.coco import CocoDetection, index_coco, load_coco_api, make_coco_transforms
 from datasets.coco_index import check_against_folder, check_classes
 from datasets.masks import check_segment_ids, encode_masks, read_segment_ids
@@ -130,6 +131,7 @@ def build(
     panoptic_path: str | Path | None = None,
     images: str | Path | None = None,
     instances: str | Path | None = None,
+    transforms: T.Compose | None = None,
     **options,
 ) -> CocoPanoptic:
     """Build the `train` or `val` part of a dataset in the layout of COCO panoptic.
@@ -137,7 +139,8 @@ def build(
     Under `panoptic_path` (default: `coco_path`) are `panoptic_{image_set}2017/`, the maps, and
     `annotations/panoptic_{image_set}2017.json`; under `coco_path` are the images, `{image_set}2017/`, and maybe
     `annotations/instances_{image_set}2017.json`, whose objects AP is judged by. `images` and `instances` override
-    these two. `options` are `min_size`, `max_size` and CocoPanoptic's; `num_classes` defaults to 250.
+    these two. `transforms` are by default the published ones, and `options` CocoPanoptic's; `num_classes` defaults to
+    250.
     """
     if coco_path is None:
         raise ValueError(f"where is the data? Give --coco_path, the folder that holds {image_set}2017/")
@@ -147,12 +150,11 @@ def build(
             raise FileNotFoundError(f"{flag} {folder}: no such folder")
     usual = root / "annotations" / f"instances_{image_set}2017.json"
     options["num_classes"] = options.get("num_classes") or COCO_CLASSES
-    transforms = make_coco_transforms(image_set, options.pop("min_size", 800), options.pop("max_size", 1333))
     return CocoPanoptic(
         images or root / f"{image_set}2017",
         maps / f"panoptic_{image_set}2017",
         maps / "annotations" / f"panoptic_{image_set}2017.json",
-        transforms,
+        transforms or make_coco_transforms(image_set),
         instances_file=instances or (usual if usual.is_file() else None),
         **options,
     )

@@ -25,8 +25,23 @@ def test_every_epoch_has_its_own_order_and_repeats_it():
 def test_a_resumed_epoch_goes_on_where_it_stopped():
     batches = TrainBatches(21, 4)
     whole = list(batches)
-    batches.set_epoch(0, done=3)
+    batches.set_epoch(0, seen=12)
     assert list(batches) == whole[3:] and len(batches) == len(whole) - 3 == 2
+    batches.set_epoch(0, seen=21)
+    assert list(batches) == [] and len(batches) == 0
+
+
+@pytest.mark.parametrize("before, after", [((3, 2), (2, 2)), ((2, 2), (4, 1)), ((1, 4), (4, 2))])
+def test_other_processes_go_on_at_the_same_image(before, after):
+    def epoch(batch_size, world, seen):
+        ranks = [TrainBatches(24, batch_size, 7, rank, world) for rank in range(world)]
+        for rank in ranks:
+            rank.set_epoch(5, seen)
+        return [sorted(sum(together, [])) for together in zip(*ranks, strict=True)]
+
+    begun = epoch(*before, 0)[:2]
+    rest = epoch(*after, seen=sum(map(len, begun)))
+    assert sorted(sum(begun + rest, [])) == list(range(24))
 
 
 def test_too_few_images_for_a_batch():

@@ -7,6 +7,7 @@ import random
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch.utils.data import DataLoader, Subset
 
 from datasets import build_dataset, get_coco_api_from_dataset
@@ -170,6 +171,18 @@ def test_training_sizes_scale_with_min_size():
     assert published.sizes == [480, 512, 544, 576, 608, 640, 672, 704, 736, 768, 800] and published.max_size == 1333
     with pytest.raises(ValueError, match="test"):
         make_coco_transforms("test")
+
+
+def test_lighter_augmentation_keeps_the_size_of_the_evaluation():
+    image, target = Image.new("RGB", (60, 40)), {"boxes": torch.tensor([[0.0, 0, 30, 20]])}
+    centres = {}
+    for augment in ("flip", "none"):
+        drawn = [make_coco_transforms("train", 80, 200, augment)(image, target) for _ in range(20)]
+        assert {tuple(pixels.shape) for pixels, _ in drawn} == {(3, 80, 120)}
+        centres[augment] = {made["boxes"][0, 0].item() for _, made in drawn}
+    assert centres == {"flip": {0.25, 0.75}, "none": {0.25}}
+    with pytest.raises(ValueError, match="crops"):
+        make_coco_transforms("train", augment="crops")
 
 
 def test_targets_of_the_pipeline_are_relative_and_inside(coco_root):

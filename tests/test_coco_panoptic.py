@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from datasets import build_dataset, get_coco_api_from_dataset
-from datasets.coco import load_coco_api
+from datasets.coco import load_coco_api, make_coco_transforms
 from datasets.coco_panoptic import CocoPanoptic, build
 from tests.conftest import parse
 
@@ -123,7 +123,7 @@ def test_objects_that_all_vanish_in_the_crop_leave_an_empty_target(tmp_path):
     ids = np.zeros((60, 90), int)
     ids[0:3, 0:3] = 1
     write_panoptic(tmp_path, {1: (ids, {1: (1, 0)})}, "train")
-    data = build("train", tmp_path, return_masks=True, min_size=64, max_size=96)
+    data = build("train", tmp_path, return_masks=True, transforms=make_coco_transforms("train", 64, 96))
     seen = set()
     for epoch in range(12):
         data.set_epoch(epoch)

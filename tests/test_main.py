@@ -1,6 +1,7 @@
 """Whole runs, small: train, stop, resume, evaluate, and what is left on disk."""
 
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -8,8 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
+import engine
 import main
 from tests.conftest import TINY, parse
+from util.interruption import SIGNALS
 
 DATA = Path(__file__).parent / "data"
 
@@ -86,6 +89,111 @@ def test_a_resumed_run_gives_the_same_bits(finished):
         assert torch.equal(value, ends[1]["model"][name]), name
     for whole, halves in zip(log_of(root / "whole"), log_of(root / "halves"), strict=True):
         assert whole == halves
+
+
+def interrupt(monkeypatch, where, action):
+    """Do something in the middle of a step, named as in `epoch 1, step 0`."""
+    check_finite = engine.check_finite
+
+    def check(values, place):
+        check_finite(values, place)
+        if place.startswith(where):
+            action()
+
+    monkeypatch.setattr(engine, "check_finite", check)
+
+
+def assert_same_run(whole, pieces):
+    states = [torch.load(folder / "checkpoint.pth", weights_only=True) for folder in (whole, pieces)]
+    for name, value in states[0]["model"].items():
+        assert torch.equal(value, states[1]["model"][name]), name
+    assert log_of(whole) == log_of(pieces) and states[0]["best"] == states[1]["best"]
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_signal_ends_a_run_after_its_step_and_no_bit_is_lost(finished, monkeypatch, tmp_path, number):
+    root, flags = finished
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as end:
+        interrupt(patch, "epoch 1, step 0", lambda: signal.raise_signal(number))
+        run(f"{flags} --output_dir {tmp_path}")
+    assert end.value.code == 128 + number and len(log_of(tmp_path)) == 1
+    state = torch.load(tmp_path / "checkpoint.pth", weights_only=True)
+    assert (state["epoch"], state["seen"]) == (0, 2)
+    run(f"{flags} --output_dir {tmp_path} --resume auto --num_workers 1")
+    assert_same_run(root / "whole", tmp_path)
+
+
+def test_a_handler_that_was_there_before_has_its_turn_after_the_save(finished, monkeypatch, tmp_path):
+    _, flags = finished
+    calls = []
+    before = signal.signal(signal.SIGUSR2, lambda *_: calls.append((tmp_path / "checkpoint.pth").exists()))
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        interrupt(patch, "epoch 0, step 0", lambda: signal.raise_signal(signal.SIGUSR2))
+        run(f"{flags} --output_dir {tmp_path}")
+    signal.signal(signal.SIGUSR2, before)
+    assert calls == [True]
+
+
+def test_a_crash_costs_no_more_than_the_steps_since_the_last_save(finished, monkeypatch, tmp_path):
+    def crash():
+        raise RuntimeError("a broken disk, say")
+
+    root, flags = finished
+    for place in ("epoch 1, step 1", "epoch 2, step 1"):
+        with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="broken disk"):
+            interrupt(patch, place, crash)
+            run(f"{flags} --output_dir {tmp_path} --save_every_steps 1 --resume auto")
+    run(f"{flags} --output_dir {tmp_path} --resume auto")
+    assert_same_run(root / "whole", tmp_path)
+
+
+def test_a_crash_in_the_evaluation_costs_no_training(finished, monkeypatch, tmp_path):
+    root, flags = finished
+    with monkeypatch.context() as patch, pytest.raises(KeyError, match="evaluation"):
+        patch.setattr(main, "evaluate", lambda *_, **__: {}["evaluation"])
+        run(f"{flags} --output_dir {tmp_path}")
+    with monkeypatch.context() as patch:  # what is done is not trained again
+        interrupt(patch, "epoch 0", lambda: pytest.fail("trained again"))
+        run(f"{flags} --output_dir {tmp_path} --resume auto")
+    assert_same_run(root / "whole", tmp_path)
+
+
+def test_a_row_whose_checkpoint_was_never_written_is_written_once(finished, monkeypatch, tmp_path):
+    root, flags = finished
+    with monkeypatch.context() as patch, pytest.raises(KeyError, match="killed"):
+        patch.setattr(main, "draw_curves", lambda *_: {}["killed"])
+        run(f"{flags} --output_dir {tmp_path}")
+    assert len(log_of(tmp_path)) == 1
+    run(f"{flags} --output_dir {tmp_path} --resume auto")
+    assert_same_run(root / "whole", tmp_path)
+
+
+@pytest.mark.parametrize("changed, rates", [
+    ("--lr 5e-5", [5e-6, 1e-5 / 10]), ("--lr_backbone 3e-5", [1e-5, 3e-6]), ("--lr_drop 5", [1e-4, 1e-5]),
+])  # fmt: skip
+def test_rates_given_at_resume_hold_from_there_on(finished, tmp_path, caplog, monkeypatch, changed, rates):
+    root, flags = finished
+    said = []
+    monkeypatch.setattr(main.logger, "info", said.append)
+    run(f"{flags} {changed} --epochs 4 --resume {root}/whole/checkpoint.pth --output_dir {tmp_path}")
+    assert [row["train_lr"] for row in log_of(tmp_path)] == [pytest.approx(rates[0])]
+    groups = torch.load(tmp_path / "checkpoint.pth", weights_only=True)["lr_scheduler"]["base_lrs"]
+    assert groups == [float(parse(f"{flags} {changed}").lr), float(parse(f"{flags} {changed}").lr_backbone)]
+    name, value = changed.split()
+    assert any("unlike the checkpoint's" in str(line) and f"{name} " in str(line) for line in said)
+    optimizer = torch.load(tmp_path / "checkpoint.pth", weights_only=True)["optimizer"]["param_groups"]
+    drop = parse(f"{flags} {changed}").lr_drop
+    assert optimizer[1]["lr"] == pytest.approx(groups[1] * 0.1 ** (4 // drop))
+
+
+def test_fewer_epochs_than_done_and_other_parameters_are_refused(finished):
+    root, flags = finished
+    whole = root / "whole" / "checkpoint.pth"
+    with pytest.raises(ValueError, match="--epochs 2, but .* 3 epochs behind it"):
+        run(f"{flags} --epochs 2 --resume {whole}")
+    with pytest.raises(ValueError, match="checkpoint.pth: its optimizer trained other parameters.*--finetune"):
+        run(f"{flags} --epochs 4 --lr_backbone 0 --resume {whole}")
+    run(f"{flags} --resume {whole}")  # nothing left to do is no error: a requeued job may have finished
 
 
 def test_resume_auto_starts_anew_where_there_is_nothing(finished, tmp_path):

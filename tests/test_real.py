@@ -50,7 +50,7 @@ def test_ground_truth_as_detections_scores_one():
 def test_the_published_model_takes_a_training_step_at_a_quarter_of_the_size():
     flags = "--backbone resnet50 --hidden_dim 256 --nheads 8 --dim_feedforward 2048 --enc_layers 6 --dec_layers 6"
     model, criterion, _ = build_model(parse(f"{flags} --num_queries 100 --num_classes 91"))
-    dataset = coco.build("train", ROOT, min_size=200, max_size=333)
+    dataset = coco.build("train", ROOT, transforms=coco.make_coco_transforms("train", 200, 333))
     samples, targets = collate_fn([dataset[0], dataset[1]])
     losses = criterion(model(samples), targets)
     loss = sum(losses[name] * weight for name, weight in criterion.weight_dict.items())

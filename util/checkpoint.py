@@ -1,6 +1,7 @@
 """Saving and restoring a run: files that appear whole, and load without running anything that is in them."""
 
 import argparse
+import hashlib
 import os
 import pickle
 import platform
@@ -12,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from filelock import FileLock
 
 from util.logger import logger
 
@@ -23,20 +25,26 @@ SILENCE = 30  # seconds after which an address that says nothing is given up
 def save_checkpoint(state: dict, *paths: str | Path) -> None:
     """Write a state to one or more files, each of which holds the old state or the new one at any moment.
 
-    The bytes go to a temporary name in the same folder, are flushed to the disk, and renamed.
+    The bytes go to a temporary name in the same folder, are flushed to the disk, and renamed. Raises OSError, naming
+    the file, where that fails.
     """
     for path in map(Path, paths):
-        handle, draft = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        draft = ""
         try:
+            handle, draft = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
             with os.fdopen(handle, "wb") as file:
                 torch.save(state, file)
                 file.flush()
                 os.fsync(file.fileno())
             os.chmod(draft, 0o644)
             os.replace(draft, path)
-        except BaseException:
+        except (OSError, RuntimeError) as error:  # the second is how torch tells of a full disk
+            raise OSError(
+                f"{path} could not be written ({_first_line(error)}); what it held before is whole. "
+                "Make room, or make the folder writable, and resume"
+            ) from error
+        finally:
             Path(draft).unlink(missing_ok=True)
-            raise
 
 
 def load_checkpoint(path_or_url: str | Path) -> dict[str, Any]:
@@ -84,7 +92,12 @@ def load_model(model: torch.nn.Module, state: dict, name: str) -> None:
 
 
 def newest_checkpoint(folder: str | Path) -> Path | None:
-    """Return the newest `checkpoint*.pth` of a folder that loads, or None; say which ones were passed over."""
+    """Return the newest `checkpoint*.pth` of a folder that loads, or None; say which ones were passed over.
+
+    What a killed process left of an unfinished one is removed.
+    """
+    for draft in Path(folder).glob(".checkpoint*.pth.*"):
+        draft.unlink()
     files = [path for path in Path(folder).glob("checkpoint*.pth") if path.name != "checkpoint_best.pth"]
     for path in sorted(files, key=lambda path: path.stat().st_mtime, reverse=True):
         try:
@@ -97,21 +110,35 @@ def newest_checkpoint(folder: str | Path) -> Path | None:
 
 
 def _download(url: str) -> str:
+    """Bring a file into torch.hub's cache, unless it is there; of several processes one does, and the others wait."""
     target = Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[-1]
-    if not target.exists():
-        target.parent.mkdir(parents=True, exist_ok=True)
-        digest = torch.hub.HASH_REGEX.search(target.name)
-        patience = socket.getdefaulttimeout()
-        socket.setdefaulttimeout(SILENCE)  # torch.hub itself would wait for ever
-        try:
-            torch.hub.download_url_to_file(url, str(target), digest.group(1) if digest else None)
-        except (OSError, RuntimeError) as error:
-            raise OSError(
-                f"{url} could not be downloaded ({error}). Fetch it by other means and give the local file"
-            ) from error
-        finally:
-            socket.setdefaulttimeout(patience)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    digest = torch.hub.HASH_REGEX.search(target.name)
+    with FileLock(f"{target}.lock"):
+        if not target.exists():
+            patience = socket.getdefaulttimeout()
+            socket.setdefaulttimeout(SILENCE)  # torch.hub itself would wait for ever
+            try:
+                torch.hub.download_url_to_file(url, str(target), digest.group(1) if digest else None)
+            except (OSError, RuntimeError) as error:
+                raise OSError(
+                    f"{url} could not be downloaded ({error}). Fetch it by other means, say "
+                    f"`curl -L -C - -o {target} {url}`, or give a local file"
+                ) from error
+            finally:
+                socket.setdefaulttimeout(patience)
+        elif digest and not sha256(target).startswith(digest.group(1)):  # brought by hand, and not whole
+            raise ValueError(f"{target}: its contents do not have the hash in its name: complete it, or remove it")
     return str(target)
+
+
+def sha256(path: str | Path) -> str:
+    """Hash a file."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def _first_line(error: Exception) -> str:

@@ -1,6 +1,9 @@
 """Processes: who this one is among them, and the collective calls a run needs."""
 
 import os
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -10,6 +13,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from util.logger import logger, set_verbose
+
+POLL = 1.0  # seconds between two looks at how the other processes fare
+FAILED = "detr/failed"  # the key under which a process leaves its error
+_store: dist.Store | None = None  # where the processes of the run met
 
 
 @dataclass(frozen=True)
@@ -49,9 +56,11 @@ def init_distributed_mode(device: str = "cuda", dist_url: str = "env://") -> Pro
         on_gpu = torch.device(device).type == "cuda"
         if on_gpu:
             torch.cuda.set_device(info.local_rank)
+        global _store
+        _store, _, _ = next(dist.rendezvous(dist_url, rank=info.rank, world_size=info.world_size))
         dist.init_process_group(
             backend="cpu:gloo,cuda:nccl" if on_gpu else "gloo",
-            init_method=dist_url,
+            store=_store,
             world_size=info.world_size,
             rank=info.rank,
             timeout=timedelta(minutes=30),
@@ -59,6 +68,46 @@ def init_distributed_mode(device: str = "cuda", dist_url: str = "env://") -> Pro
         set_verbose(info.rank == 0)
         logger.info(f"distributed: {info.world_size} processes, this is rank {info.rank} ({dist.get_backend()})")
     return info
+
+
+@contextmanager
+def process_group(device: str = "cuda", dist_url: str = "env://") -> Iterator[ProcessInfo]:
+    """Join the process group, and leave it together: an error in one process ends the others within seconds.
+
+    They would wait for it in their next collective call otherwise, until that times out.
+    """
+    info = init_distributed_mode(device, dist_url)
+    if not info.distributed:
+        yield info
+        return
+    over = threading.Event()
+    watch = threading.Thread(target=_watch_the_others, args=(over,), daemon=True)
+    watch.start()
+    in_step = True  # all processes come to their end, or agreed on one
+    try:
+        yield info
+    except Exception as error:
+        in_step = False
+        _store.set(FAILED, f"rank {info.rank}: {type(error).__name__}: {error}")
+        raise
+    finally:
+        over.set()
+        watch.join()
+        if in_step:
+            dist.barrier()
+            dist.destroy_process_group()
+
+
+def _watch_the_others(over: threading.Event) -> None:
+    """End this process when another one has told of an error, or the one that keeps the store is gone."""
+    while not over.wait(POLL):
+        try:
+            news = _store.get(FAILED).decode() if _store.check([FAILED]) else ""
+        except RuntimeError:
+            news = "the main process is gone"
+        if news and not over.is_set():
+            os.write(2, f"leaving, because of {news}\n".encode())
+            os._exit(1)
 
 
 def is_dist_avail_and_initialized() -> bool:
@@ -94,6 +143,15 @@ def all_gather(data: Any) -> list:
     gathered = [None] * get_world_size()
     dist.all_gather_object(gathered, data)
     return gathered
+
+
+def from_main(ask: Callable[[], Any]) -> Any:
+    """Ask the main process alone, and return its answer, a picklable object, on every process."""
+    if get_world_size() == 1:
+        return ask()
+    answer = [ask() if is_main_process() else None]
+    dist.broadcast_object_list(answer)
+    return answer[0]
 
 
 def gather_to_main(data: Any) -> list | None:

@@ -82,6 +82,14 @@ class SmoothedValue:
         )
 
 
+def merge_sums(parts: Iterable[dict[str, list]]) -> dict[str, list]:
+    """Add up what several loggers have in `sums()`."""
+    logger = MetricLogger()
+    for part in parts:
+        logger.add_sums(part)
+    return logger.sums()
+
+
 class MetricLogger:
     """Named series, and a loop that prints them every few steps."""
 
@@ -103,11 +111,21 @@ class MetricLogger:
         if not (dist.is_available() and dist.is_initialized()):
             return
         everyones = [None] * dist.get_world_size()
-        dist.all_gather_object(everyones, {name: (meter.total, meter.count) for name, meter in self.meters.items()})
+        dist.all_gather_object(everyones, self.sums())
         for name in dict.fromkeys(name for theirs in everyones for name in theirs):
             meter = self.meters[name]
             meter.total = sum(theirs[name][0] for theirs in everyones if name in theirs)
             meter.count = sum(theirs[name][1] for theirs in everyones if name in theirs)
+
+    def sums(self) -> dict[str, list]:
+        """Sum and count of each whole series: what `add_sums` goes on from."""
+        return {name: [meter.total, meter.count] for name, meter in self.meters.items()}
+
+    def add_sums(self, sums: dict[str, list]) -> None:
+        """Count in what another logger, of the same series, had summed up."""
+        for name, (total, count) in sums.items():
+            self.meters[name].total += total
+            self.meters[name].count += count
 
     def averages(self) -> dict[str, float]:
         """Mean of each whole series."""
