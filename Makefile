@@ -9,7 +9,7 @@ DEMO_FLAGS := --dataset_file shapes --coco_path data/shapes --device cpu --num_w
 	--pre_norm --hidden_dim 128 --dim_feedforward 256 --enc_layers 2 --dec_layers 3 --num_queries 12 --dropout 0 \
 	--batch_size 16 --lr 7e-4 --lr_backbone 7e-4 --epochs 5 --lr_drop 4
 
-.PHONY: demo test lint format clean
+.PHONY: demo test test-slurm lint format clean
 
 demo: $(VENV)/.run
 	$(RUN) main.py $(DEMO_FLAGS) --output_dir $(DEMO) --resume auto
@@ -18,6 +18,11 @@ demo: $(VENV)/.run
 
 test: lint
 	$(RUN) -m pytest -q
+
+test-slurm: $(VENV)/.dev  # as root: installs Debian's Slurm where there is none, and runs one of one node
+	tests/slurm_cluster.sh start .slurm
+	status=0; DETR_TEST_SLURM=1 SLURM_CONF=$(CURDIR)/.slurm/slurm.conf $(RUN) -m pytest -q tests/test_slurm.py || status=$$?; \
+	tests/slurm_cluster.sh stop .slurm; exit $$status
 
 lint: $(VENV)/.dev
 	$(VENV)/bin/ruff check .
@@ -37,4 +42,4 @@ $(VENV)/.dev: requirements-dev.txt $(VENV)/.run
 	touch $@
 
 clean:
-	rm -rf $(VENV) runs
+	rm -rf $(VENV) .slurm runs

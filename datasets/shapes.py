@@ -22,8 +22,8 @@ from util.logger import logger
 THINGS = ("circle", "square", "triangle", "star", "ring", "cross", "hexagon", "bar")
 STUFF = ("ground", "sky")  # their ids follow the things'
 EMPTY, CROWD, VOID = 0.06, 0.06, 0.3  # shares of the images without objects, with a crowd, with an unlabelled patch
-MOST_OBJECTS = 3
-EXTENT = (0.15, 0.75)  # diameter of an object, as a share of the image's shorter side
+MOST_OBJECTS = 2
+EXTENT = (0.15, 0.8)  # diameter of an object, as a share of the image's shorter side
 LARGEST_HIDDEN = 0.4  # an object is placed only if every other one keeps at least 60 % of its pixels
 
 

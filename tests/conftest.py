@@ -17,6 +17,8 @@ TINY = (
     "--enc_layers 1 --dec_layers 2 --num_queries 8 --min_size 64 --max_size 96 --num_workers 0"
 )
 
+JOB = "--executor local --ngpus 2 --cpus_per_task 1 --mem_gb 2 --num_workers 1 --batch_size 1 --save_every_steps 1"
+
 
 def parse(flags: str = ""):
     """Flags of a model small enough to train in a test, and more."""
@@ -59,3 +61,20 @@ def coco_root(tmp_path):
     write_coco(tmp_path / "coco", "train", [11, 12, 13, 14], objects)
     write_coco(tmp_path / "coco", "val", [21, 22, 23], [(i + 10, c, b, m) for i, c, b, m in objects if i < 13])
     return tmp_path / "coco"
+
+
+@pytest.fixture(scope="session")
+def job_flags(tmp_path_factory):
+    """Data of 16 images, and the flags of a run of two epochs of 8 steps on two processes."""
+    root = tmp_path_factory.mktemp("job")
+    rng = np.random.default_rng(0)
+    objects = [(i, int(rng.integers(1, 3)), [int(x) for x in rng.integers(4, 24, 4)], {}) for i in range(1, 17)]
+    categories = [{"id": 1, "name": "cat"}, {"id": 2, "name": "dog"}]
+    write_coco(root / "coco", "train", range(1, 17), objects, categories)
+    write_coco(root / "coco", "val", range(1, 5), objects[:4], categories)
+    return f"{TINY} {JOB} --coco_path {root}/coco --epochs 2"
+
+
+def assert_same_weights(a, b):
+    a, b = (torch.load(folder / "checkpoint.pth", weights_only=True)["model"] for folder in (a, b))
+    assert all(torch.equal(value, b[name]) for name, value in a.items())

@@ -1,22 +1,34 @@
 """Two processes on this machine, over gloo: what they compute together is what one computes alone."""
 
 import json
+import os
+import re
+import shutil
+import signal
+import socket
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
 import torch
 
 import main
-from tests.conftest import TINY, parse
+from tests.conftest import TINY, assert_same_weights, parse
 
 
-def run_together(flags: str, processes: int = 2) -> None:
+def launch(words: list[str], processes: int = 2, **environment) -> subprocess.CompletedProcess:
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    done = subprocess.run(
-        [*launcher, "main.py", *TINY.split(), *flags.split()], capture_output=True, text=True, timeout=120
-    )
+    env = os.environ | {"OMP_NUM_THREADS": "1"} | environment
+    return subprocess.run([*launcher, *words], capture_output=True, text=True, timeout=240, env=env)
+
+
+def run_together(flags: str, processes: int = 2) -> str:
+    done = launch(["main.py", *TINY.split(), *flags.split()], processes, TORCH_DISTRIBUTED_DEBUG="INFO")
     assert done.returncode == 0, done.stderr[-3000:]
+    assert not re.search("warn|unused|mismatch", done.stderr, re.IGNORECASE), done.stderr
+    return done.stdout
 
 
 @pytest.fixture(scope="module")
@@ -50,3 +62,73 @@ def test_every_image_is_judged_once_also_when_a_process_has_none(trained, tmp_pa
     assert rows[0] == rows[1] and len({row["image_id"] for row in rows[0]}) == 3
     curves = [torch.load(tmp_path / name / "eval.pth", weights_only=True) for name in ("one", "many")]
     assert torch.equal(curves[0]["precision"], curves[1]["precision"])
+
+
+def test_two_processes_go_through_the_losses_of_one(tmp_path):
+    def losses(processes, batch_size):
+        out = tmp_path / f"{processes}.json"
+        done = launch(["-m", "tests.train_fixed", str(out), str(batch_size)], processes)
+        assert done.returncode == 0, done.stderr[-3000:]
+        return json.loads(out.read_text())
+
+    one, two = losses(1, 2), losses(2, 1)
+    assert len(one) == 3 and one[0]["loss"] > one[-1]["loss"]
+    for a, b in zip(one, two, strict=True):
+        assert a.keys() == b.keys()
+        for name in a:
+            assert a[name] == pytest.approx(b[name], abs=1e-5, rel=1e-5), name
+
+
+def test_a_failing_process_takes_the_other_down_with_its_own_error():
+    """Without a launcher that would end the others: Slurm's variables, as `srun` sets them."""
+    free = socket.create_server(("127.0.0.1", 0))
+    port = free.getsockname()[1]
+    free.close()
+    env = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "SLURM_NTASKS": "2"}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-m", "tests.train_fixed", "nowhere", "1", "fail"],
+            env=env | {"SLURM_PROCID": str(rank)}, text=True, stderr=subprocess.PIPE,
+        ) for rank in (0, 1)
+    ]  # fmt: skip
+    heard = [process.communicate(timeout=120)[1] for process in ranks]
+    assert all(process.returncode for process in ranks)
+    assert "ZeroDivisionError: the second process is broken" in heard[1]
+    assert "leaving, because of rank 1: ZeroDivisionError" in heard[0] or "Connection closed by peer" in heard[0]
+    done = launch(["-m", "tests.train_fixed", "nowhere", "1", "fail"])
+    assert done.returncode and "ZeroDivisionError: the second process is broken" in done.stderr
+
+
+def test_another_number_of_processes_goes_on_and_says_so(trained, tmp_path):
+    root, flags = trained
+    (tmp_path / "run").mkdir()
+    shutil.copy(root / "two" / "checkpoint.pth", tmp_path / "run")
+    said = run_together(f"{flags} --epochs 3 --batch_size 1 --output_dir {tmp_path}/run --resume auto", 1)
+    assert "written by 2 processes, now there are 1" in said
+    rows = [json.loads(line) for line in (tmp_path / "run" / "log.txt").read_text().splitlines()]
+    assert [row["epoch"] for row in rows] == [2]
+
+
+def test_two_machines_get_over_the_loss_of_a_process(trained, tmp_path):
+    """Two launchers meet over the loopback; one of their processes is killed, and all go on from the last save."""
+    root, flags = trained
+    free = socket.create_server(("127.0.0.1", 0))
+    meet = f"127.0.0.1:{free.getsockname()[1]}"
+    free.close()
+    words = "-m torch.distributed.run --nnodes 2 --nproc_per_node 1 --max-restarts 3 --local-addr 127.0.0.1 "
+    words += f"--rdzv-backend c10d --rdzv-endpoint {meet} --rdzv-id {root.name} main.py {TINY} {flags} --batch_size 1 "
+    words += f"--epochs 2 --save_every_steps 1 --resume auto --output_dir {tmp_path}/run"
+    logs = [open(tmp_path / f"{node}.log", "w") for node in (0, 1)]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    launchers = [subprocess.Popen([sys.executable, *words.split()], stdout=log, stderr=log, env=env) for log in logs]
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "run" / "checkpoint.pth").exists():
+        assert time.monotonic() < deadline and not any(launcher.poll() for launcher in launchers)
+        time.sleep(0.02)
+    workers = subprocess.run(["pgrep", "-P", str(launchers[1].pid)], capture_output=True, text=True).stdout.split()
+    os.kill(int(workers[0]), signal.SIGKILL)
+    for launcher, log in zip(launchers, logs, strict=True):
+        assert launcher.wait(240) == 0, Path(log.name).read_text()[-3000:]
+        log.close()
+    assert "weights from" in (tmp_path / "0.log").read_text() + (tmp_path / "1.log").read_text()
+    assert_same_weights(root / "two", tmp_path / "run")

@@ -1,6 +1,7 @@
 """Processes: who this one is among them, and the collective calls a run needs."""
 
 import os
+import subprocess
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -46,6 +47,15 @@ def process_info_from_environment() -> ProcessInfo:
     return ProcessInfo()
 
 
+def _meet_on_the_first_node() -> None:
+    """Say where the tasks of a plain `srun` meet; torchrun and submitit say it themselves."""
+    nodes = os.environ["SLURM_JOB_NODELIST"]
+    names = subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True).stdout
+    job, step = int(os.environ["SLURM_JOB_ID"]), int(os.environ.get("SLURM_STEP_ID", 0))
+    os.environ["MASTER_ADDR"] = names.split()[0]
+    os.environ.setdefault("MASTER_PORT", str(20000 + (job * 7 + step) % 40000))
+
+
 def init_distributed_mode(device: str = "cuda", dist_url: str = "env://") -> ProcessInfo:
     """Join the process group the launcher describes, if it describes one, and return this process's place.
 
@@ -56,6 +66,8 @@ def init_distributed_mode(device: str = "cuda", dist_url: str = "env://") -> Pro
         on_gpu = torch.device(device).type == "cuda"
         if on_gpu:
             torch.cuda.set_device(info.local_rank)
+        if "MASTER_ADDR" not in os.environ and "SLURM_JOB_ID" in os.environ:
+            _meet_on_the_first_node()
         global _store
         _store, _, _ = next(dist.rendezvous(dist_url, rank=info.rank, world_size=info.world_size))
         dist.init_process_group(

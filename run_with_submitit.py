@@ -1,0 +1,99 @@
+"""The same run on a Slurm cluster, requeued from its last checkpoint.
+
+python run_with_submitit.py --nodes 4 --ngpus 8 --timeout 2800 --partition gpu --coco_path /data/coco
+python run_with_submitit.py --executor local --ngpus 2 --device cpu --coco_path /data/coco   # tried without a cluster
+
+Every flag of main.py is taken too. `--job_dir`, on a disk that all nodes see, gets the run and Slurm's logs.
+"""
+
+import argparse
+import os
+from pathlib import Path
+
+import main as detr
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """Read the flags of the job, and main.py's."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, parents=[detr.get_args_parser()], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    add = parser.add_argument_group("job").add_argument
+    add("--ngpus", default=8, type=int, help="processes on each node, each with a GPU unless --device is cpu")
+    add("--nodes", default=4, type=int, help="nodes")
+    add("--timeout", default=60, type=int, help="minutes; a run that needs more is requeued")
+    add("--job_dir", default="./jobs/%j", help="folder of the job; %%j becomes its number")
+    add("--executor", default="slurm", choices=("slurm", "local", "debug"),
+        help="local: processes on this machine; debug: this very process")  # fmt: skip
+    add("--job_name", default="detr", help="name in the queue")
+    add("--partition", help="Slurm partition")
+    add("--account", help="account to charge")
+    add("--qos", help="quality of service")
+    add("--constraint", help="features the nodes must have, such as a kind of GPU")
+    add("--comment", help="comment for the scheduler")
+    add("--mem_gb", default=None, type=int, help="memory of a node; default: 40 for each process")
+    add("--cpus_per_task", default=10, type=int, help="CPUs of each process")
+    add("--signal_delay", default=120, type=int, help="seconds between Slurm's warning and the end of the time")
+    return parser.parse_args(argv)
+
+
+class Trainer:
+    """One process's share of a job, as submitit pickles and calls it."""
+
+    def __init__(self, args: argparse.Namespace):
+        self.args = args
+
+    def __call__(self) -> None:
+        """Train, or go on where an earlier attempt of the same job was stopped."""
+        import submitit
+
+        environment = submitit.JobEnvironment()
+        self.args.output_dir = self.args.job_dir.replace("%j", str(environment.job_id))
+        if any(Path(self.args.output_dir).glob("checkpoint*.pth")):
+            self.args.resume = "auto"
+        # Where the processes meet follows from the job: nothing is left behind that a requeued one could stumble over.
+        submitit.helpers.TorchDistributedEnvironment().export(set_cuda_visible_devices=False, overwrite=True)
+        detr.main(self.args)
+
+    def checkpoint(self):
+        """Tell submitit what to requeue; the run itself was saved before this is called."""
+        import submitit
+
+        return submitit.helpers.DelayedSubmission(type(self)(self.args))
+
+
+def main(args: argparse.Namespace) -> None:
+    """Submit the job and say where it can be watched. Raises ValueError for flags that cannot be used."""
+    import submitit
+
+    detr.check_flags(args)
+    if args.output_dir:
+        raise ValueError(f"--output_dir {args.output_dir}: a job's output goes to --job_dir")
+    args.job_dir = str(Path(args.job_dir).absolute())
+    project = str(Path(__file__).parent.absolute())  # the job's interpreter must find main.py from any folder
+    os.environ["PYTHONPATH"] = os.pathsep.join([project, *filter(None, [os.environ.get("PYTHONPATH")])])
+    executor = submitit.AutoExecutor(folder=args.job_dir, cluster=args.executor, slurm_max_num_timeout=100)
+    executor.update_parameters(
+        name=args.job_name,
+        nodes=args.nodes if args.executor == "slurm" else 1,
+        tasks_per_node=args.ngpus,
+        gpus_per_node=args.ngpus if args.device.startswith("cuda") else None,
+        cpus_per_task=args.cpus_per_task,
+        mem_gb=args.mem_gb or 40 * args.ngpus,
+        timeout_min=args.timeout,
+    )
+    wishes = {name: getattr(args, name) for name in ("partition", "account", "qos", "constraint", "comment")}
+    executor.update_parameters(
+        slurm_signal_delay_s=args.signal_delay,
+        slurm_srun_args=["--kill-on-bad-exit=1"],
+        **{f"slurm_{name}": value for name, value in wishes.items() if value},
+    )
+    job = executor.submit(Trainer(args))
+    print(f"job {job.job_id}: logs {job.paths.stdout} and {job.paths.stderr}")
+    print(f"checkpoints, log.txt and curves: {args.job_dir.replace('%j', str(job.job_id))}")
+    if args.executor != "slurm":
+        job.results()
+
+
+if __name__ == "__main__":
+    main(parse_args())

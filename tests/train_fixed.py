@@ -1,0 +1,66 @@
+"""A program for test_distributed.py: train some steps on images of one size and write each step's loss.
+
+python -m torch.distributed.run --standalone --nproc_per_node 2 -m tests.train_fixed OUT BATCH [fail]
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+
+from datasets.batches import TrainBatches
+from engine import train_one_epoch
+from main import build_run, distribute
+from models import build_model
+from tests.conftest import parse
+from util.dist import all_gather, get_rank, get_world_size, process_group
+from util.logger import merge_sums
+from util.nested_tensor import collate_fn
+
+
+class Pictures(torch.utils.data.Dataset):
+    """Noise with two objects each: with equal sizes and counts, the losses do not depend on who has which image."""
+
+    class_names = {1: "thing"}
+
+    def __len__(self):
+        return 12
+
+    def __getitem__(self, i):
+        rng = torch.Generator().manual_seed(i)
+        boxes = torch.rand(2, 4, generator=rng) * 0.3 + 0.3
+        image = torch.randint(0, 256, (3, 64, 64), dtype=torch.uint8, generator=rng)
+        return image, {"boxes": boxes, "labels": torch.tensor([1, 2]), "image_id": torch.tensor([i])}
+
+
+def main(out: str, batch_size: int, fail: bool) -> None:
+    """Train an epoch of six steps at a global batch of two, with a high rate so that errors would grow."""
+    args = parse("--dropout 0 --lr 1e-3 --lr_backbone 1e-3 --num_classes 3 --accum_steps 2")
+    with process_group("cpu") as processes:
+        if fail and get_rank() == 1:
+            raise ZeroDivisionError("the second process is broken")
+        torch.manual_seed(1 + get_rank())  # the wrapper must give every process the first one's weights
+        if get_rank() == 0:
+            torch.manual_seed(1)
+        model, criterion, _ = build_model(args)
+        run = build_run(args, model, Pictures())
+        batches = TrainBatches(12, batch_size, 0, get_rank(), get_world_size())
+        loader = torch.utils.data.DataLoader(Pictures(), batch_sampler=batches, collate_fn=collate_fn)
+        losses = []
+
+        def after_step(_, metrics):
+            sums = merge_sums(all_gather(metrics.sums()))
+            losses.append({name: total / count for name, (total, count) in sums.items()})
+
+        model = distribute(model, processes, torch.device("cpu"))
+        train_one_epoch(
+            model, criterion, loader, run.optimizer, torch.device("cpu"), 0, 0.1, accum_steps=2, after_step=after_step
+        )
+        if get_rank() == 0:
+            Path(out).write_text(json.dumps(losses))
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main(sys.argv[1], int(sys.argv[2]), "fail" in sys.argv)
