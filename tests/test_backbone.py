@@ -85,3 +85,22 @@ def test_learned_positions_put_x_first_and_end_at_fifty():
     assert torch.equal(position[1, 4:, 2, 3], embed.row_embed.weight[2])
     with pytest.raises(AssertionError, match="51"):
         embed(NestedTensor(torch.zeros(1, 1, 3, 51), None))
+
+
+@pytest.mark.parametrize("name, dilation", [("resnet18", False), ("resnet50", False), ("resnet50", True)])
+def test_folded_norms_compute_and_train_as_torchvision_does(name, dilation):
+    torch.manual_seed(0)
+    body = Backbone(name, True, True, dilation, weights="none").double().body
+    for module in body.modules():
+        if isinstance(module, FrozenBatchNorm2d):
+            module.weight.uniform_(0.5, 1.5), module.running_var.uniform_(0.5, 2)
+            module.bias.normal_(), module.running_mean.normal_()
+    images, trained = torch.randn(2, 3, 48, 64).double(), body["layer2"][0].conv1.weight
+    features, x = body(images), images
+    for i, module in enumerate(body.values()):
+        x = module(x)
+        if i >= 4:
+            torch.testing.assert_close(features[str(i - 4)], x)
+    ours, plain = (torch.autograd.grad(y.square().mean(), trained)[0] for y in (features["3"], x))
+    assert ours.abs().max() > 0
+    torch.testing.assert_close(ours, plain)

@@ -1,0 +1,58 @@
+"""The benchmark measures what it says, on models small enough for a test; no figure of it is asserted."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from tools import benchmark
+from tools import benchmark_parts as parts
+
+SMALL = "--models resnet18 --batch 1 --size 64x80 --device cpu --rounds 1 --queries 5"
+
+
+@pytest.mark.parametrize("what, column", [
+    ("forward", "gflops"), ("train", "images_per_s"), ("split", "backward"), ("criterion", "s"), ("cost", "axis"),
+    ("graphs", "graphs"),
+])  # fmt: skip
+def test_every_measurement_gives_its_figures(what, column):
+    rows = list(benchmark.run(benchmark.parse_args([what, *SMALL.split()]), parts.Ours))
+    assert rows and all(column in row and row["what"] == what for row in rows)
+    assert all(row["s"] > 0 for row in rows if "s" in row)
+
+
+def test_flops_are_those_of_the_layers():
+    linear = torch.nn.Linear(30, 20)
+    assert parts.count_flops(lambda: linear(torch.rand(7, 30))) == 2 * 7 * 30 * 20
+
+
+def test_another_tree_is_measured_in_a_process_of_its_own(tmp_path):
+    command = [sys.executable, "tools/benchmark.py", "forward", *SMALL.split(), "--peer", ".", "--output", tmp_path]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    (row,) = json.loads((tmp_path / "benchmark.json").read_text())["rows"]
+    assert row["ratio"] == pytest.approx(row["peer_s"] / row["s"])
+    assert "| ratio |" in (tmp_path / "benchmark.md").read_text() and "| ratio |" in done.stdout
+
+
+def test_what_needs_a_gpu_says_so():
+    with pytest.raises(SystemExit, match="--device cuda"):
+        list(benchmark.run(benchmark.parse_args(["syncs", *SMALL.split()]), parts.Ours))
+    if not torch.cuda.is_available():
+        pytest.skip("the count of syncs itself needs a GPU")
+    (row,) = benchmark.run(benchmark.parse_args(["syncs", *SMALL.replace("cpu", "cuda").split()]), parts.Ours)
+    assert row["syncs_per_step"] <= 3
+
+
+def test_the_peer_computes_the_same_loss():
+    pytest.importorskip("transformers", reason="the peer is Hugging Face's transformers, which is not installed")
+    torch.manual_seed(0)
+    ours, theirs = parts.Ours("resnet50", 10, "cpu"), parts.Transformers("resnet50", 10, "cpu")
+    layers = [{"pred_logits": torch.randn(2, 10, 92), "pred_boxes": torch.rand(2, 10, 4) * 0.4 + 0.3} for _ in range(6)]
+    outputs = {**layers[-1], "aux_outputs": layers[:-1]}
+    targets = parts.some_targets(2, "cpu")
+    assert ours.criterion_only(outputs, targets).item() == pytest.approx(
+        theirs.criterion_only(outputs, targets).item(), rel=1e-4
+    )

@@ -1,0 +1,112 @@
+"""What DETR costs: forward, training step, criterion and evaluator, alone or beside another implementation.
+
+python tools/benchmark.py forward train --peer transformers            # ratios against Hugging Face's DETR, in one run
+python tools/benchmark.py forward --batch 1 4 16 --precision float32 bf16 --compile --device cuda
+python tools/benchmark.py train --peer ../other-detr                   # another tree with the same contract
+python tools/benchmark.py cost --output bench                          # cost against batch, size and queries: a plot
+
+Calls of both sides alternate, so that a noisy machine is noisy for both. Times are medians; spread is from quartile to
+quartile. `tools/benchmark_data.py` measures the loader and the annotation index.
+"""
+
+import argparse
+import json
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from tools import benchmark_parts as parts
+
+WHAT = ("forward", "train", "split", "criterion", "evaluator", "syncs", "graphs", "cost")
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """Read the flags."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("what", nargs="+", choices=WHAT)
+    add("--models", nargs="+", default=["resnet50"], help="resnet18, 34, 50, 101; with -dc5 dilated")
+    add("--batch", nargs="+", type=int, default=[1, 2], help="images in a batch")
+    add("--size", nargs="+", default=["800x1066"], metavar="HxW", help="sizes of the images, taken in turn in a batch")
+    add("--queries", type=int, default=100)
+    add("--precision", nargs="+", default=["float32"], choices=("float32", "tf32", "bf16", "fp16"))
+    add("--compile", action="store_true", help="measure compiled models too")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--threads", type=int, help="CPU threads (default: PyTorch's)")
+    add("--rounds", type=int, default=5, help="timed calls of each side")
+    add("--peer", help="transformers, or the folder of another tree with DETR's contract")
+    add("--output", help="folder for benchmark.json, benchmark.md and the plot of `cost`")
+    add("--tree", help=argparse.SUPPRESS)  # how a folder given as --peer is run, in a process of its own
+    options = parser.parse_args(argv)
+    options.size = [tuple(int(side) for side in size.split("x")) for size in options.size]
+    return options
+
+
+def main() -> None:
+    """Measure what was asked for, and print a table for each."""
+    options = parse_args()
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    if options.tree:
+        print(json.dumps(list(run(options, parts.load_tree(options.tree)))))
+        return
+    machine = parts.machine(options.device)
+    print(
+        f"{machine}, torch {torch.__version__}, {torch.get_num_threads()} threads, Python {platform.python_version()}"
+    )
+    rows = list(run(options, parts.Ours, show=True))
+    if options.output:
+        folder = Path(options.output)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "benchmark.json").write_text(json.dumps({"machine": machine, "rows": rows}, indent=1))
+        (folder / "benchmark.md").write_text(f"{machine}\n\n{table(rows)}\n")
+        if "cost" in options.what:
+            parts.plot_cost([row for row in rows if row["what"] == "cost"], folder / "cost.png")
+
+
+def run(options: argparse.Namespace, side: type, show: bool = False):
+    """Yield a row for every measurement: its settings, its figures, and the peer's with the ratio."""
+    peer = parts.Transformers if options.peer == "transformers" else None
+    others = run_tree(options) if options.peer and not peer else iter(())
+    for what in options.what:
+        head = None
+        for row in getattr(parts, f"measure_{what}")(options, side, peer):
+            row = {"what": what, **row}
+            if theirs := next(others, None):
+                row |= {"peer_s": theirs["s"], "ratio": theirs["s"] / row["s"]}
+            if show:
+                if head != list(row):
+                    head = list(row)
+                    print("\n" + table([row]), flush=True)
+                else:
+                    print(table([row]).splitlines()[-1], flush=True)
+            yield row
+
+
+def run_tree(options: argparse.Namespace):
+    """Measure the other tree with the same flags, in a process of its own; yield its rows."""
+    words = [word for word in sys.argv[1:] if word not in ("--peer", options.peer)]
+    command = [sys.executable, __file__, *words, "--tree", options.peer]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(f"{options.peer}: the benchmark did not run there")
+    return iter(json.loads(done.stdout.splitlines()[-1]))
+
+
+def table(rows: list[dict]) -> str:
+    """Lay rows out as Markdown; rows of other columns begin a table of their own."""
+    lines, head = [], None
+    for row in rows:
+        if list(row) != head:
+            head = list(row)
+            lines += ["", "| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+        lines.append("| " + " | ".join(f"{v:.3g}" if isinstance(v, float) else str(v) for v in row.values()) + " |")
+    return "\n".join(lines[1:])
+
+
+if __name__ == "__main__":
+    main()
