@@ -23,7 +23,7 @@ from util.checkpoint import load_checkpoint, load_model
 from util.finetune import finetune
 from util.logger import logger
 
-dependencies = ["torch", "torchvision", "scipy", "tqdm"]
+dependencies = ["torch", "torchvision", "scipy", "tqdm", "filelock"]
 
 PUBLISHED = "https://dl.fbaipublicfiles.com/detr/"
 LAST_THING = 90  # in COCO's numbering, things have the ids up to here and stuff those above

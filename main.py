@@ -49,7 +49,7 @@ from util.dist import (
     process_group,
 )
 from util.finetune import finetune
-from util.interruption import Interruption, leave_signals_to_the_main_process
+from util.interruption import Interruption, worker_init
 from util.logger import MetricLogger, logger, merge_sums
 from util.misc import get_sha
 from util.nested_tensor import collate_fn
@@ -447,7 +447,7 @@ def _loader(dataset: Dataset, batches, args, device: torch.device) -> DataLoader
         collate_fn=collate_fn,
         num_workers=args.num_workers,
         persistent_workers=args.num_workers > 0,
-        worker_init_fn=leave_signals_to_the_main_process,
+        worker_init_fn=worker_init,
         pin_memory=device.type == "cuda",
         generator=torch.Generator(),  # its own: the global one belongs to dropout, and must not depend on loaders
     )

@@ -23,7 +23,7 @@ THINGS = ("circle", "square", "triangle", "star", "ring", "cross", "hexagon", "b
 STUFF = ("ground", "sky")  # their ids follow the things'
 EMPTY, CROWD, VOID = 0.06, 0.06, 0.3  # shares of the images without objects, with a crowd, with an unlabelled patch
 MOST_OBJECTS = 2
-EXTENT = (0.15, 0.8)  # diameter of an object, as a share of the image's shorter side
+EXTENT = (0.2, 0.8)  # diameter of an object, as a share of the image's shorter side
 LARGEST_HIDDEN = 0.4  # an object is placed only if every other one keeps at least 60 % of its pixels
 
 

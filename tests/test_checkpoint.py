@@ -35,6 +35,26 @@ def test_a_failing_write_leaves_the_old_file_whole(tmp_path, monkeypatch):
     assert [p.name for p in tmp_path.iterdir()] == ["c.pth"]
 
 
+@pytest.mark.parametrize("folder", ["absent", "read-only", "full"])
+def test_what_cannot_be_written_is_named(tmp_path, monkeypatch, folder):
+    path = tmp_path / folder / "c.pth"
+    if folder != "absent":
+        path.parent.mkdir()
+        save_checkpoint({"model": {}, "epoch": 1}, path)
+
+    def refuse(*_, **__):
+        raise OSError(30, "Read-only file system") if folder == "read-only" else RuntimeError("write failed: pos 0")
+
+    if folder == "read-only":
+        monkeypatch.setattr("util.checkpoint.tempfile.mkstemp", refuse)  # root may write anywhere
+    elif folder == "full":
+        monkeypatch.setattr(torch, "save", refuse)
+    with pytest.raises(OSError, match=f"{folder}/c.pth could not be written .*resume"):
+        save_checkpoint({"model": {}, "epoch": 2}, path)
+    if folder != "absent":
+        assert load_checkpoint(path)["epoch"] == 1 and len(list(path.parent.iterdir())) == 1
+
+
 def test_official_files_with_a_namespace_load(tmp_path):
     torch.save({"model": {}, "args": argparse.Namespace(lr=1e-4)}, tmp_path / "official.pth")
     assert load_checkpoint(tmp_path / "official.pth")["args"].lr == 1e-4

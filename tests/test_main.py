@@ -1,6 +1,7 @@
 """Whole runs, small: train, stop, resume, evaluate, and what is left on disk."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -145,6 +146,19 @@ def test_a_crash_costs_no_more_than_the_steps_since_the_last_save(finished, monk
             run(f"{flags} --output_dir {tmp_path} --save_every_steps 1 --resume auto")
     run(f"{flags} --output_dir {tmp_path} --resume auto")
     assert_same_run(root / "whole", tmp_path)
+
+
+def test_an_error_ends_the_process_though_it_has_workers(finished, tmp_path):
+    _, flags = finished
+    (tmp_path / "broken.py").write_text(
+        "import engine, main, sys\n"
+        "engine.check_finite = lambda *_: 1 / 0\n"
+        "main.main(main.argparse.ArgumentParser(parents=[main.get_args_parser()]).parse_args())\n"
+    )
+    command = [sys.executable, str(tmp_path / "broken.py"), *TINY.split(), *flags.split(), "--num_workers", "2"]
+    env = os.environ | {"PYTHONPATH": str(Path(main.__file__).parent)}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100, env=env)
+    assert done.returncode == 1 and "ZeroDivisionError" in done.stderr
 
 
 def test_a_crash_in_the_evaluation_costs_no_training(finished, monkeypatch, tmp_path):

@@ -44,7 +44,8 @@ def save_checkpoint(state: dict, *paths: str | Path) -> None:
                 "Make room, or make the folder writable, and resume"
             ) from error
         finally:
-            Path(draft).unlink(missing_ok=True)
+            if draft:
+                Path(draft).unlink(missing_ok=True)
 
 
 def load_checkpoint(path_or_url: str | Path) -> dict[str, Any]:

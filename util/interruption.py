@@ -1,8 +1,11 @@
 """Being asked to stop: a run finishes its step, saves, and leaves."""
 
+import atexit
+import multiprocessing
 import os
 import signal
 import threading
+from functools import partial
 from types import FrameType
 
 import torch
@@ -62,10 +65,18 @@ class Interruption:
         raise SystemExit(128 + number)
 
 
-def leave_signals_to_the_main_process(_: int = 0) -> None:
-    """Ignore SIGNALS in a data loader's worker: schedulers send them to all processes, and the main one decides.
+_over = multiprocessing.Value("b", 0, lock=False)  # whether the main process is at its end; its children see it
+atexit.register(setattr, _over, "value", 1)
 
-    A worker ends when the main process tells it to, or no longer exists.
-    """
+
+def _leave_signals_to_the_main_process(over, _: int) -> None:
+    def obey(*_) -> None:
+        if over.value:  # the main process is clearing up
+            os._exit(0)
+
     for number in SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
+        signal.signal(number, obey)
+
+
+# For a data loader's workers: schedulers send signals to all processes, and what they mean is the main one's to say.
+worker_init = partial(_leave_signals_to_the_main_process, _over)
