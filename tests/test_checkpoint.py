@@ -1,5 +1,7 @@
 import argparse
 import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -96,6 +98,28 @@ def test_a_file_without_a_model_and_one_that_is_absent(tmp_path):
         load_checkpoint(tmp_path / "other.pth")
     with pytest.raises(FileNotFoundError, match="absent.pth"):
         load_checkpoint(tmp_path / "absent.pth")
+
+
+FETCH = """
+import sys, time, torch
+def slow(url, target, digest):
+    print("downloading", flush=True)
+    time.sleep(1)
+    torch.save({"model": {}}, target)
+torch.hub.download_url_to_file = slow
+from util.checkpoint import load_checkpoint
+load_checkpoint("https://nowhere.example/weights.pth")
+"""
+
+
+def test_one_process_downloads_and_the_others_wait(tmp_path):
+    env = os.environ | {"TORCH_HOME": str(tmp_path)}
+    processes = [
+        subprocess.Popen([sys.executable, "-c", FETCH], stdout=subprocess.PIPE, text=True, env=env) for _ in range(3)
+    ]
+    said = [process.communicate(timeout=100)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0, 0]
+    assert "".join(said).split() == ["downloading"]
 
 
 def test_what_does_not_fit_the_model_is_told():

@@ -94,9 +94,13 @@ def test_the_published_weights_are_asked_for_by_address_and_hash(official, monke
         Path(target).symlink_to(official[0])
 
     monkeypatch.setattr(torch.hub, "download_url_to_file", download)
-    hubconf.detr_resnet50(pretrained=True)
-    hubconf.detr_resnet50(pretrained=True)  # from the cache
+    with monkeypatch.context() as patch:
+        patch.setattr("util.checkpoint.sha256", lambda _: "e632da11" + 56 * "0")
+        hubconf.detr_resnet50(pretrained=True)
+        hubconf.detr_resnet50(pretrained=True)  # from the cache
     assert asked == [("https://dl.fbaipublicfiles.com/detr/detr-r50-e632da11.pth", "e632da11")]
+    with pytest.raises(ValueError, match="detr-r50-e632da11.pth: its contents do not have the hash in its name"):
+        hubconf.detr_resnet50(pretrained=True)  # a file that somebody put there
 
 
 def test_an_address_that_does_not_answer_is_told_with_the_remedy():

@@ -29,7 +29,7 @@ def test_scenes_hold_what_training_meets():
     records = [[r for r in found if r["category_id"] <= 4] for _, _, found in scenes]
     areas = [r["area"] for found in records for r in found]
     assert min(map(len, records)) == 0 and max(map(len, records)) == shapes.MOST_OBJECTS
-    assert min(areas) < 16**2 and max(areas) > 90**2
+    assert min(areas) < 32**2 and max(areas) > 96**2  # small and large, as COCO calls it
     assert {r["category_id"] for found in records for r in found} == {1, 2, 3, 4}
     assert any(r["iscrowd"] for found in records for r in found)
     assert any((ids == 0).any() for _, ids, _ in scenes)
