@@ -83,6 +83,17 @@ def test_the_same_in_three_lines_of_python(coco_root, checkpoint):
         found.draw("masks")
 
 
+def test_the_faster_ways_find_the_same(coco_root, checkpoint, monkeypatch):
+    image = next((coco_root / "val2017").iterdir())
+    plain, fast = Predictor.from_checkpoint(checkpoint, "cpu"), Predictor.from_checkpoint(checkpoint, "cpu")
+    compiled = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda *_, **how: compiled.append(how))
+    fast.faster(compile=True, amp="bf16")
+    a, b = plain(image, threshold=0), fast(image, threshold=0)
+    assert compiled == [{"dynamic": True}] and a.scores.tolist() != b.scores.tolist()
+    torch.testing.assert_close(a.scores, b.scores, rtol=0.05, atol=0.01)
+
+
 def test_an_official_checkpoint_with_a_namespace_is_rebuilt(tmp_path):
     old = {
         k: v

@@ -44,6 +44,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--device", default="cuda", help="device to run on; without a GPU the CPU is used")
     add("--min_size", type=int, help="shortest side as the model sees it (default: as it was evaluated)")
     add("--max_size", type=int, help="longest side at most (default: as it was evaluated)")
+    add("--compile", action="store_true", help="compile the network: for many images")
+    add("--amp", choices=("bf16", "fp16"), help="half precision in the network")
     add("--upright", action="store_true", help="turn photographs as their EXIF tag says (training never does)")
     return parser
 
@@ -192,6 +194,7 @@ def main(argv: list[str] | None = None) -> int:
     predictor = load_predictor(args.checkpoint, args.model, args.annotations, args.device)
     predictor.min_size = args.min_size or predictor.min_size
     predictor.max_size = max(args.max_size or predictor.max_size, predictor.min_size)
+    predictor.faster(args.compile, args.amp)
     folder = Folder(args.output)
     width = min(max(len(path.name) for path in paths), 40)
     print(f"{'image':{width}}  objects  what")
