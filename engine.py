@@ -50,7 +50,7 @@ def train_one_epoch(
     metrics.add_meter("class_error", SmoothedValue(window_size=1, fmt="{value:.2f}"))
     metrics.add_sums(sums or {})
     batches = len(data_loader)
-    rows = metrics.log_every(data_loader, print_freq, f"Epoch: [{epoch}]", start=done)
+    rows = metrics.log_every(data_loader, print_freq, f"Epoch: [{epoch}]", start=done, in_step=True)
     for step, (samples, targets) in enumerate(rows):
         ids = [int(target["image_id"]) for target in targets if "image_id" in target]
         samples = samples.to(device, non_blocking=True)

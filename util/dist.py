@@ -3,6 +3,7 @@
 import os
 import subprocess
 import threading
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,7 +17,6 @@ from torch import Tensor
 from util.logger import logger, set_verbose
 
 POLL = 1.0  # seconds between two looks at how the other processes fare
-FAILED = "detr/failed"  # the key under which a process leaves its error
 _store: dist.Store | None = None  # where the processes of the run met
 
 
@@ -92,15 +92,17 @@ def process_group(device: str = "cuda", dist_url: str = "env://") -> Iterator[Pr
     if not info.distributed:
         yield info
         return
+    # Of this attempt only: a launcher that starts the processes again may keep the store.
+    failed = from_main(lambda: f"detr/failed/{uuid.uuid4()}")
     over = threading.Event()
-    watch = threading.Thread(target=_watch_the_others, args=(over,), daemon=True)
+    watch = threading.Thread(target=_watch_the_others, args=(failed, over), daemon=True)
     watch.start()
     in_step = True  # all processes come to their end, or agreed on one
     try:
         yield info
     except Exception as error:
         in_step = False
-        _store.set(FAILED, f"rank {info.rank}: {type(error).__name__}: {error}")
+        _store.set(failed, f"rank {info.rank}: {type(error).__name__}: {error}")
         raise
     finally:
         over.set()
@@ -110,11 +112,11 @@ def process_group(device: str = "cuda", dist_url: str = "env://") -> Iterator[Pr
             dist.destroy_process_group()
 
 
-def _watch_the_others(over: threading.Event) -> None:
-    """End this process when another one has told of an error, or the one that keeps the store is gone."""
+def _watch_the_others(failed: str, over: threading.Event) -> None:
+    """End this process when another one has left its error under the key, or the one that keeps the store is gone."""
     while not over.wait(POLL):
         try:
-            news = _store.get(FAILED).decode() if _store.check([FAILED]) else ""
+            news = _store.get(failed).decode() if _store.check([failed]) else ""
         except RuntimeError:
             news = "the main process is gone"
         if news and not over.is_set():

@@ -6,7 +6,7 @@ import time
 from collections import defaultdict, deque
 from collections.abc import Iterable, Iterator
 from datetime import timedelta
-from statistics import median
+from statistics import fmean, median
 
 import torch
 import torch.distributed as dist
@@ -134,10 +134,31 @@ class MetricLogger:
     def __str__(self) -> str:
         return self.delimiter.join(f"{name}: {meter}" for name, meter in self.meters.items())
 
-    def log_every(self, iterable: Iterable, print_freq: int, header: str = "", start: int = 0) -> Iterator:
+    def over_processes(self) -> "MetricLogger":
+        """Average the series over the processes, step by step, in one call that all must make (for the main one)."""
+        if not (dist.is_available() and dist.is_initialized()):
+            return self
+        mine = {name: (list(meter.window), meter.total, meter.count) for name, meter in self.meters.items()}
+        everyones = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
+        dist.gather_object(mine, everyones)
+        if everyones is None:
+            return self
+        together = MetricLogger(self.delimiter)
+        for name, meter in self.meters.items():
+            windows, totals, counts = zip(*(theirs[name] for theirs in everyones), strict=True)
+            series = SmoothedValue(meter.window.maxlen, meter.fmt)
+            series.window.extend(map(fmean, zip(*windows, strict=True)))
+            series.total, series.count = sum(totals), sum(counts)
+            together.add_meter(name, series)
+        return together
+
+    def log_every(
+        self, iterable: Iterable, print_freq: int, header: str = "", start: int = 0, in_step: bool = False
+    ) -> Iterator:
         """Yield from the iterable; print the series every print_freq steps and at the last one.
 
-        `start` steps of the same epoch lie behind already (a resumed run): the iterable holds only the rest.
+        `start` steps of the same epoch lie behind already (a resumed run): the iterable holds only the rest. With
+        `in_step`, all processes take the same number of steps, and what is printed is their average.
         """
         steps = start + len(iterable)
         step_time, data_time = SmoothedValue(fmt="{avg:.4f}"), SmoothedValue(fmt="{avg:.4f}")
@@ -150,7 +171,8 @@ class MetricLogger:
             if step % print_freq == 0 or step == steps - 1:
                 eta = timedelta(seconds=int(step_time.global_avg * (steps - 1 - step)))
                 parts = [header, f"[{step:{len(str(steps))}d}/{steps}]", f"eta: {eta}"]
-                parts += [str(self)] * bool(self.meters) + [f"time: {step_time}", f"data: {data_time}"]
+                numbers = self.over_processes() if in_step else self
+                parts += [str(numbers)] * bool(self.meters) + [f"time: {step_time}", f"data: {data_time}"]
                 if torch.cuda.is_available():
                     parts.append(f"max mem: {torch.cuda.max_memory_allocated() / 2**20:.0f}")
                 logger.info(self.delimiter.join(parts))
