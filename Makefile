@@ -14,7 +14,7 @@ DEMO_FLAGS := --dataset_file shapes --coco_path data/shapes --shapes_classes 3 -
 .PHONY: demo test test-slurm lint format clean
 
 demo: $(VENV)/.run
-	$(RUN) main.py $(DEMO_FLAGS) --output_dir $(DEMO) --resume auto
+	$(RUN) main.py $(DEMO_FLAGS) $(DEMO_MORE) --output_dir $(DEMO) --resume auto
 	$(RUN) tools/show_predictions.py --run $(DEMO)
 	@echo "AP above; curves in $(DEMO)/curves.png, predictions in $(DEMO)/predictions.png"
 
