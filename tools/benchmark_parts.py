@@ -301,7 +301,8 @@ def settings(options, side: type, peer: type | None) -> Iterator[tuple]:
     for model, precision, compile_it, batch in itertools.product(
         options.models, options.precision, compiled, options.batch
     ):
-        torch.backends.fp32_precision = "tf32" if precision == "tf32" else "ieee"
+        if options.device.startswith("cuda"):
+            torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision == "tf32"
         torch.manual_seed(0)
         ours = side(model, options.queries, options.device)
         theirs = peer(model, options.queries, options.device) if peer else None
