@@ -1,6 +1,6 @@
 """A program for test_distributed.py: train some steps on images of one size and write each step's loss.
 
-python -m torch.distributed.run --standalone --nproc_per_node 2 -m tests.train_fixed OUT BATCH [fail]
+python -m torch.distributed.run --standalone --nproc_per_node 2 -m tests.train_fixed OUT BATCH [fail|unequal]
 """
 
 import json
@@ -21,25 +21,32 @@ from util.nested_tensor import collate_fn
 
 
 class Pictures(torch.utils.data.Dataset):
-    """Noise with two objects each: with equal sizes and counts, the losses do not depend on who has which image."""
+    """Noise with two objects each: with equal sizes and counts, the losses do not depend on who has which image.
+
+    With `unequal` counts, those of the boxes still do not; the class loss is each process's own mean.
+    """
 
     class_names = {1: "thing"}
+
+    def __init__(self, unequal: bool):
+        self.unequal = unequal
 
     def __len__(self):
         return 12
 
     def __getitem__(self, i):
         rng = torch.Generator().manual_seed(i)
-        boxes = torch.rand(2, 4, generator=rng) * 0.3 + 0.3
+        objects = 1 + i % 5 if self.unequal else 2
+        boxes = torch.rand(objects, 4, generator=rng) * 0.3 + 0.3
         image = torch.randint(0, 256, (3, 64, 64), dtype=torch.uint8, generator=rng)
-        return image, {"boxes": boxes, "labels": torch.tensor([1, 2]), "image_id": torch.tensor([i])}
+        return image, {"boxes": boxes, "labels": torch.arange(objects) % 2 + 1, "image_id": torch.tensor([i])}
 
 
-def main(out: str, batch_size: int, fail: bool) -> None:
+def main(out: str, batch_size: int, how: str) -> None:
     """Train an epoch of six steps at a global batch of two, with a high rate so that errors would grow."""
     args = parse("--dropout 0 --lr 1e-3 --lr_backbone 1e-3 --num_classes 3 --accum_steps 2")
     with process_group("cpu") as processes:
-        if fail:
+        if how == "fail":
             if get_rank() == 1:
                 raise ZeroDivisionError("the second process is broken")
             threading.Event().wait(100)  # busy with something that cannot notice
@@ -47,9 +54,10 @@ def main(out: str, batch_size: int, fail: bool) -> None:
         if get_rank() == 0:
             torch.manual_seed(1)
         model, criterion, _ = build_model(args)
-        run = build_run(args, model, Pictures())
+        pictures = Pictures(how == "unequal")
+        run = build_run(args, model, pictures)
         batches = TrainBatches(12, batch_size, 0, get_rank(), get_world_size())
-        loader = torch.utils.data.DataLoader(Pictures(), batch_sampler=batches, collate_fn=collate_fn)
+        loader = torch.utils.data.DataLoader(pictures, batch_sampler=batches, collate_fn=collate_fn)
         losses = []
 
         def after_step(_, metrics):
@@ -66,4 +74,4 @@ def main(out: str, batch_size: int, fail: bool) -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    main(sys.argv[1], int(sys.argv[2]), "fail" in sys.argv)
+    main(sys.argv[1], int(sys.argv[2]), sys.argv[-1])
