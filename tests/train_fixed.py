@@ -51,8 +51,6 @@ def main(out: str, batch_size: int, how: str) -> None:
                 raise ZeroDivisionError("the second process is broken")
             threading.Event().wait(100)  # busy with something that cannot notice
         torch.manual_seed(1 + get_rank())  # the wrapper must give every process the first one's weights
-        if get_rank() == 0:
-            torch.manual_seed(1)
         model, criterion, _ = build_model(args)
         pictures = Pictures(how == "unequal")
         run = build_run(args, model, pictures)

@@ -98,7 +98,7 @@ def newest_checkpoint(folder: str | Path) -> Path | None:
     What a killed process left of an unfinished one is removed.
     """
     for draft in Path(folder).glob(".checkpoint*.pth.*"):
-        draft.unlink()
+        draft.unlink(missing_ok=True)
     files = [path for path in Path(folder).glob("checkpoint*.pth") if path.name != "checkpoint_best.pth"]
     for path in sorted(files, key=lambda path: path.stat().st_mtime, reverse=True):
         try:

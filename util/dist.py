@@ -97,19 +97,21 @@ def process_group(device: str = "cuda", dist_url: str = "env://") -> Iterator[Pr
     over = threading.Event()
     watch = threading.Thread(target=_watch_the_others, args=(failed, over), daemon=True)
     watch.start()
-    in_step = True  # all processes come to their end, or agreed on one
+    leaving = None
     try:
         yield info
-    except Exception as error:
-        in_step = False
+    except SystemExit as agreed:  # all processes stop after the same step
+        leaving = agreed
+    except BaseException as error:
+        over.set()
         _store.set(failed, f"rank {info.rank}: {type(error).__name__}: {error}")
         raise
-    finally:
-        over.set()
-        watch.join()
-        if in_step:
-            dist.barrier()
-            dist.destroy_process_group()
+    dist.barrier()  # still watched: another process may yet fail on its last steps
+    over.set()
+    watch.join()
+    dist.destroy_process_group()
+    if leaving:
+        raise leaving
 
 
 def _watch_the_others(failed: str, over: threading.Event) -> None:
