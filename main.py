@@ -10,7 +10,6 @@ import json
 import time
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -29,18 +28,9 @@ from datasets.coco_eval import CocoEvaluator, curves
 from datasets.transforms import resized_size
 from engine import evaluate, train_one_epoch
 from models import build_model
-from util.checkpoint import (
-    load_checkpoint,
-    load_model,
-    newest_checkpoint,
-    restore_rng,
-    rng_state,
-    save_checkpoint,
-    versions,
-)
+from util.checkpoint import load_checkpoint, load_model, newest_checkpoint, save_checkpoint
 from util.dist import (
     ProcessInfo,
-    all_gather,
     from_main,
     get_rank,
     get_world_size,
@@ -50,10 +40,11 @@ from util.dist import (
 )
 from util.finetune import finetune
 from util.interruption import Interruption, worker_init
-from util.logger import MetricLogger, logger, merge_sums
+from util.logger import MetricLogger, logger
 from util.misc import get_sha
 from util.nested_tensor import collate_fn
 from util.plot_utils import draw_curves
+from util.run import Run
 
 
 # fmt: off
@@ -189,92 +180,6 @@ def check_flags(args) -> None:
             raise ValueError(why)
 
 
-@dataclass
-class Run:
-    """Everything a checkpoint restores."""
-
-    model: nn.Module
-    optimizer: torch.optim.Optimizer
-    lr_scheduler: torch.optim.lr_scheduler.LRScheduler
-    scaler: torch.amp.GradScaler
-    args: argparse.Namespace
-    class_names: dict[int, str]
-    epoch: int  # the one under way
-    seen: int = 0  # images of it that all processes together have trained on
-    sums: dict = field(default_factory=dict)  # and what their numbers summed up to, on this process
-    best: float = -1.0  # AP (or PQ) of the best epoch so far
-
-    def state(self) -> dict:
-        """Tensors and plain Python, for every process to call (there is something of each in it)."""
-        everyones = all_gather({"rng": rng_state(), "sums": self.sums})
-        return {
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "lr_scheduler": self.lr_scheduler.state_dict(),
-            "scaler": self.scaler.state_dict(),
-            "epoch": self.epoch - 1,  # the last one that is complete
-            "seen": self.seen,
-            "args": vars(self.args),
-            "class_names": self.class_names,
-            "best": self.best,
-            "processes": everyones,
-            "versions": versions(),
-        }
-
-    def restore(self, state: dict, name: str) -> None:
-        """Go on from a checkpoint; one that holds only a model gives only that.
-
-        Flags that differ from the checkpoint's hold from here on, and are told. Raises ValueError where they cannot.
-        """
-        if "optimizer" not in state:
-            logger.info(f"{name} holds a model and no optimizer: training begins at epoch {self.epoch}")
-            return
-        if state["epoch"] >= self.args.epochs:
-            raise ValueError(
-                f"--epochs {self.args.epochs}, but {name} has {state['epoch'] + 1} epochs behind it: ask for more"
-            )
-        try:
-            self.optimizer.load_state_dict(state["optimizer"])
-        except ValueError as error:
-            raise ValueError(
-                f"{name}: its optimizer trained other parameters ({error}). --lr_backbone 0, --backbone_norm and "
-                "--frozen_weights must be as they were; to begin anew from these weights, use --finetune"
-            ) from None
-        self.lr_scheduler.load_state_dict(state["lr_scheduler"])
-        self.scaler.load_state_dict(state.get("scaler", {})) if state.get("scaler") else None
-        self.epoch = state["epoch"] + 1
-        self.seen = state.get("seen", 0)
-        self.best = state.get("best", -1.0)
-        self._adopt_flags(state.get("args", {}))
-        processes = state.get("processes", [])
-        if len(processes) == get_world_size():
-            self.sums = processes[get_rank()]["sums"]
-            restore_rng(processes[get_rank()]["rng"])
-        elif processes:
-            logger.warning(
-                f"{name} was written by {len(processes)} processes, now there are {get_world_size()}: the run goes on "
-                "at the same image, but with other random numbers"
-            )
-            self.sums = merge_sums([theirs["sums"] for theirs in processes]) if is_main_process() else {}
-
-    def _adopt_flags(self, saved: dict | argparse.Namespace) -> None:
-        saved = saved if isinstance(saved, dict) else vars(saved)
-        changed = {
-            name: f"--{name} {saved[name]} -> {value}"
-            for name, value in vars(self.args).items()
-            if name in saved and saved[name] != value and name not in ("resume", "output_dir")
-        }
-        if changed:
-            logger.info(f"flags unlike the checkpoint's hold from here on: {', '.join(changed.values())}")
-        if changed.keys() & {"lr", "lr_backbone", "lr_drop", "weight_decay"}:
-            schedule = self.lr_scheduler
-            schedule.step_size, schedule.base_lrs = self.args.lr_drop, [self.args.lr, self.args.lr_backbone]
-            for group, rate in zip(self.optimizer.param_groups, schedule.base_lrs, strict=True):
-                group["lr"] = rate * schedule.gamma ** (schedule.last_epoch // schedule.step_size)
-                group["weight_decay"] = self.args.weight_decay
-            schedule._last_lr = [group["lr"] for group in self.optimizer.param_groups]
-
-
 @record
 def main(args) -> None:
     """Run what the flags say. Raises ValueError or FileNotFoundError for flags and files that cannot be used."""
@@ -330,7 +235,7 @@ def train(
     output_dir: Path | None,
 ) -> None:  # fmt: skip
     """Walk through the epochs; `model` is the run's own or a distributed wrapper of it, `judge` evaluates."""
-    args = run.args
+    args = run.flags
     loader = build_train_loader(train_set, args, device)
     n_parameters = sum(p.numel() for p in run.model.parameters() if p.requires_grad)
     logger.info(f"{n_parameters} trainable parameters; {args.epochs} epochs, {run.epoch} of them done")
@@ -357,7 +262,7 @@ def finish_epoch(
 
     It ends with a checkpoint whose epoch lacks only the evaluation: whatever happens there, the training is not lost.
     """
-    args, batches = run.args, loader.batch_sampler
+    args, batches = run.flags, loader.batch_sampler
     loader.dataset.set_epoch(run.epoch)
     batches.set_epoch(run.epoch, run.seen)
     done = -(-run.seen // batches.images_per_step)  # more than what was seen only after a change of batch size
@@ -372,7 +277,7 @@ def finish_epoch(
         run.sums = metrics.sums()
         where = f"after {done} of {last} batches of epoch {run.epoch}"
         if output_dir:
-            save_run(run, output_dir, "checkpoint.pth")
+            run.save(output_dir, "checkpoint.pth")
         if signal:
             saved = f"saved {output_dir}/checkpoint.pth; go on with --resume auto" if output_dir else "nothing saved"
             logger.info(f"stopped by a signal {where}: {saved}")
@@ -461,17 +366,10 @@ def distribute(model: nn.Module, processes, device: torch.device) -> nn.Module:
     return nn.parallel.DistributedDataParallel(model, device_ids=device_ids, gradient_as_bucket_view=True)
 
 
-def save_run(run: Run, output_dir: Path, *names: str) -> None:
-    """Write the run's checkpoint under each name. Every process calls it, the main one writes."""
-    state = run.state()
-    if is_main_process():
-        save_checkpoint(state, *(output_dir / name for name in names))
-
-
 def leave_behind(output_dir: Path, run: Run, log: dict, evaluator: CocoEvaluator | None) -> None:
     """Write what an epoch leaves, its checkpoint last. Every process calls it, the main one writes."""
     epoch, names = log["epoch"], ["checkpoint.pth"]
-    if run.epoch % run.args.lr_drop == 0 or run.epoch % 100 == 0:
+    if run.epoch % run.flags.lr_drop == 0 or run.epoch % 100 == 0:
         names.append(f"checkpoint{epoch:04}.pth")
     quality = from_main(lambda: judged(log))
     if quality > run.best:
@@ -479,7 +377,7 @@ def leave_behind(output_dir: Path, run: Run, log: dict, evaluator: CocoEvaluator
         names.append("checkpoint_best.pth")
     if is_main_process():
         write_results(output_dir, log, evaluator)
-    save_run(run, output_dir, *names)
+    run.save(output_dir, *names)
 
 
 def write_results(output_dir: Path, log: dict, evaluator: CocoEvaluator | None) -> None:

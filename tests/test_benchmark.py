@@ -7,8 +7,9 @@ import sys
 import pytest
 import torch
 
-from tools import benchmark
-from tools import benchmark_parts as parts
+from tools import benchmark, benchmark_data
+from tools.benchmark_sides import Ours, Transformers, some_targets
+from tools.gauges import count_flops
 
 SMALL = "--models resnet18 --batch 1 --size 64x80 --device cpu --rounds 1 --queries 5"
 
@@ -18,14 +19,24 @@ SMALL = "--models resnet18 --batch 1 --size 64x80 --device cpu --rounds 1 --quer
     ("graphs", "graphs"),
 ])  # fmt: skip
 def test_every_measurement_gives_its_figures(what, column):
-    rows = list(benchmark.run(benchmark.parse_args([what, *SMALL.split()]), parts.Ours))
+    rows = list(benchmark.run(benchmark.parse_args([what, *SMALL.split()]), Ours))
     assert rows and all(column in row and row["what"] == what for row in rows)
     assert all(row["s"] > 0 for row in rows if "s" in row)
 
 
+def test_the_data_is_measured_beside_the_usual_way(coco_root, monkeypatch):
+    for name, value in {"IMAGES": 30, "ANNOTATIONS": 70, "SCENES": (9, 3, 5)}.items():
+        monkeypatch.setattr(benchmark_data, name, value)
+    flags = ["loader", "index", "evaluator", "--rounds", "1", "--coco_path", str(coco_root)]
+    train, val, usual, arrays, judged = benchmark.run(benchmark.parse_args(flags), Ours)
+    assert train["images"].endswith("train") and val["ratio"] > 0
+    assert usual["index"] == "pycocotools" and arrays["s"] > 0 and "worker_grows_gb" in arrays
+    assert judged["numbers_off_by"] < 1e-12 and judged["ratio"] == pytest.approx(judged["pycocotools_s"] / judged["s"])
+
+
 def test_flops_are_those_of_the_layers():
     linear = torch.nn.Linear(30, 20)
-    assert parts.count_flops(lambda: linear(torch.rand(7, 30))) == 2 * 7 * 30 * 20
+    assert count_flops(lambda: linear(torch.rand(7, 30))) == 2 * 7 * 30 * 20
 
 
 def test_another_tree_is_measured_in_a_process_of_its_own(tmp_path):
@@ -39,20 +50,20 @@ def test_another_tree_is_measured_in_a_process_of_its_own(tmp_path):
 
 def test_what_needs_a_gpu_says_so():
     with pytest.raises(SystemExit, match="--device cuda"):
-        list(benchmark.run(benchmark.parse_args(["syncs", *SMALL.split()]), parts.Ours))
+        list(benchmark.run(benchmark.parse_args(["syncs", *SMALL.split()]), Ours))
     if not torch.cuda.is_available():
         pytest.skip("the count of syncs itself needs a GPU")
-    (row,) = benchmark.run(benchmark.parse_args(["syncs", *SMALL.replace("cpu", "cuda").split()]), parts.Ours)
+    (row,) = benchmark.run(benchmark.parse_args(["syncs", *SMALL.replace("cpu", "cuda").split()]), Ours)
     assert row["syncs_per_step"] <= 3
 
 
 def test_the_peer_computes_the_same_loss():
     pytest.importorskip("transformers", reason="the peer is Hugging Face's transformers, which is not installed")
     torch.manual_seed(0)
-    ours, theirs = parts.Ours("resnet50", 10, "cpu"), parts.Transformers("resnet50", 10, "cpu")
+    ours, theirs = Ours("resnet50", 10, "cpu"), Transformers("resnet50", 10, "cpu")
     layers = [{"pred_logits": torch.randn(2, 10, 92), "pred_boxes": torch.rand(2, 10, 4) * 0.4 + 0.3} for _ in range(6)]
     outputs = {**layers[-1], "aux_outputs": layers[:-1]}
-    targets = parts.some_targets(2, "cpu")
+    targets = some_targets(2, "cpu")
     assert ours.criterion_only(outputs, targets).item() == pytest.approx(
         theirs.criterion_only(outputs, targets).item(), rel=1e-4
     )

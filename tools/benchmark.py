@@ -1,12 +1,14 @@
-"""What DETR costs: forward, training step, criterion and evaluator, alone or beside another implementation.
+"""What DETR costs: forward, training step, criterion, loader, index and evaluator, alone or beside others.
 
 python tools/benchmark.py forward train --peer transformers            # ratios against Hugging Face's DETR, in one run
 python tools/benchmark.py forward --batch 1 4 16 --precision float32 bf16 --compile --device cuda
 python tools/benchmark.py train --peer ../other-detr                   # another tree with the same contract
 python tools/benchmark.py cost --output bench                          # cost against batch, size and queries: a plot
+python tools/benchmark.py loader --coco_path /data/coco                # against PIL and float tensors, one thread
+python tools/benchmark.py index evaluator                              # against pycocotools
 
 Calls of both sides alternate, so that a noisy machine is noisy for both. Times are medians; spread is from quartile to
-quartile. `tools/benchmark_data.py` measures the loader and the annotation index.
+quartile; memory is what a call takes at most on top of what was held before it.
 """
 
 import argparse
@@ -19,16 +21,19 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from tools import benchmark_parts as parts
+from tools import benchmark_parts
+from tools.benchmark_sides import Ours, Transformers, load_tree
+from tools.gauges import machine
 
-WHAT = ("forward", "train", "split", "criterion", "evaluator", "syncs", "graphs", "cost")
+NETWORK = ("forward", "train", "split", "criterion", "syncs", "graphs", "cost")
+DATA = ("loader", "index", "evaluator")
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Read the flags."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("what", nargs="+", choices=WHAT)
+    add("what", nargs="+", choices=NETWORK + DATA)
     add("--models", nargs="+", default=["resnet50"], help="resnet18, 34, 50, 101; with -dc5 dilated")
     add("--batch", nargs="+", type=int, default=[1, 2], help="images in a batch")
     add("--size", nargs="+", default=["800x1066"], metavar="HxW", help="sizes of the images, taken in turn in a batch")
@@ -39,6 +44,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--threads", type=int, help="CPU threads (default: PyTorch's)")
     add("--rounds", type=int, default=5, help="timed calls of each side")
     add("--peer", help="transformers, or the folder of another tree with DETR's contract")
+    add("--peer_precision", choices=("float32", "tf32", "bf16", "fp16"), help="precision of the peer, if another one")
+    add("--coco_path", help="data in COCO's layout, for loader")
+    add("--passes", type=int, default=1, help="times over the images, for loader")
     add("--output", help="folder for benchmark.json, benchmark.md and the plot of `cost`")
     add("--tree", help=argparse.SUPPRESS)  # how a folder given as --peer is run, in a process of its own
     options = parser.parse_args(argv)
@@ -52,31 +60,32 @@ def main() -> None:
     if options.threads:
         torch.set_num_threads(options.threads)
     if options.tree:
-        print(json.dumps(list(run(options, parts.load_tree(options.tree)))))
+        print(json.dumps(list(run(options, load_tree(options.tree)))))
         return
-    machine = parts.machine(options.device)
+    hardware = machine(options.device)
     print(
-        f"{machine}, torch {torch.__version__}, {torch.get_num_threads()} threads, Python {platform.python_version()}"
+        f"{hardware}, torch {torch.__version__}, {torch.get_num_threads()} threads, Python {platform.python_version()}"
     )
-    rows = list(run(options, parts.Ours, show=True))
+    rows = list(run(options, Ours, show=True))
     if options.output:
         folder = Path(options.output)
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "benchmark.json").write_text(json.dumps({"machine": machine, "rows": rows}, indent=1))
-        (folder / "benchmark.md").write_text(f"{machine}\n\n{table(rows)}\n")
+        (folder / "benchmark.json").write_text(json.dumps({"machine": hardware, "rows": rows}, indent=1))
+        (folder / "benchmark.md").write_text(f"{hardware}\n\n{table(rows)}\n")
         if "cost" in options.what:
-            parts.plot_cost([row for row in rows if row["what"] == "cost"], folder / "cost.png")
+            benchmark_parts.plot_cost([row for row in rows if row["what"] == "cost"], folder / "cost.png")
 
 
 def run(options: argparse.Namespace, side: type, show: bool = False):
     """Yield a row for every measurement: its settings, its figures, and the peer's with the ratio."""
-    peer = parts.Transformers if options.peer == "transformers" else None
-    others = run_tree(options) if options.peer and not peer else iter(())
+    peer = Transformers if options.peer == "transformers" else None
+    others = run_tree(options) if options.peer and not peer else None
     for what in options.what:
         head = None
-        for row in getattr(parts, f"measure_{what}")(options, side, peer):
+        for row in measurement(what)(options, side, peer):
             row = {"what": what, **row}
-            if theirs := next(others, None):
+            theirs = next(others) if others and what in NETWORK else {}
+            if "s" in theirs:
                 row |= {"peer_s": theirs["s"], "ratio": theirs["s"] / row["s"]}
             if show:
                 if head != list(row):
@@ -87,9 +96,18 @@ def run(options: argparse.Namespace, side: type, show: bool = False):
             yield row
 
 
+def measurement(what: str):
+    """Return the function that measures something; what reads this tree's data is imported only where it is asked."""
+    if what in NETWORK:
+        return getattr(benchmark_parts, f"measure_{what}")
+    from tools import benchmark_data
+
+    return getattr(benchmark_data, f"measure_{what}")
+
+
 def run_tree(options: argparse.Namespace):
-    """Measure the other tree with the same flags, in a process of its own; yield its rows."""
-    words = [word for word in sys.argv[1:] if word not in ("--peer", options.peer)]
+    """Measure the other tree's network with the same flags, in a process of its own; yield its rows."""
+    words = [word for word in sys.argv[1:] if word not in ("--peer", options.peer, *DATA)]
     command = [sys.executable, __file__, *words, "--tree", options.peer]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
     if done.returncode:

@@ -1,65 +1,81 @@
-"""What the data costs: time of an image through one thread, and memory of the annotations, beside the usual way.
+"""What tools/benchmark.py measures of the data: loading images, reading annotations, judging predictions."""
 
-python tools/benchmark_data.py loader --coco_path /data/coco      # against PIL decode and resize, to_tensor, normalise
-python tools/benchmark_data.py index                              # against pycocotools, on a file of train2017's size
-"""
-
-import argparse
+import contextlib
+import io
 import json
 import multiprocessing
 import random
-import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
 from PIL import Image
+from pycocotools.coco import COCO
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import datasets.transforms as T
 from datasets import coco
+from datasets.coco_eval import CocoEvaluator
 from datasets.coco_index import read_coco_index
+from tools.gauges import most_held, start_counting, summary, timed
 
 IMAGES, ANNOTATIONS = 118_287, 860_001  # of COCO's train2017
+SCENES = (5000, 7, 100)  # images, objects and detections in each, as in val2017
 
 
-class PlainWay:
-    """Decode and resize with PIL, then float tensors, normalised: what most detection code does."""
-
-    def __init__(self, image_set: str):
-        published = coco.make_coco_transforms(image_set).transforms[:-2]
-        self.transforms = T.Compose(
-            [*published, T.ToTensor(), T.Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])]
-        )
-
-    def __call__(self, path: Path, target: dict):
-        """Load one image and move its target along."""
-        return self.transforms(Image.open(path).convert("RGB"), target)
-
-
-def benchmark_loader(root: str, passes: int) -> None:
-    """Compare processor time over the same images with the same random draws; print means and ratio."""
+def measure_loader(options, _side: type, _peer: type | None) -> Iterator[dict]:
+    """Processor time of an image in one thread, beside the plain way's, over the same images and random draws."""
+    if options.coco_path is None:
+        raise SystemExit("loader reads real images: --coco_path says where")
+    threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    print("| images | plain way, ms | this project, ms | ratio |\n|---|---|---|---|")
     for image_set in ("train", "val"):
-        dataset, plain = coco.build(image_set, root), PlainWay(image_set)
-        times = {"plain": [], "ours": []}
-        for n in range(passes):
-            dataset.set_epoch(n)
-            for i in range(len(dataset)):
-                path = dataset.img_folder / str(dataset.index.file_names[i])
-                target = dataset._target(i, *dataset.sizes[i])
-                begin = time.process_time()
-                with T.seeded(dataset.seed, n, i):
-                    plain(path, target)
-                middle = time.process_time()
-                dataset[i]
-                times["plain"].append(middle - begin)
-                times["ours"].append(time.process_time() - middle)
-        slow, fast = (1e3 * float(np.mean(times[name])) for name in ("plain", "ours"))
-        print(f"| {image_set}, {len(times['ours'])} | {slow:.1f} | {fast:.1f} | {slow / fast:.1f} |", flush=True)
+        held = start_counting("cpu")
+        fast, slow = load_both_ways(image_set, options.coco_path, options.passes)
+        yield {"images": f"{len(fast)} {image_set}", **summary(fast), "peak_gb": most_held("cpu") - held,
+               "plain_s": summary(slow)["s"], "ratio": sum(slow) / sum(fast)}  # fmt: skip
+    torch.set_num_threads(threads)
+
+
+def load_both_ways(image_set: str, root: str, passes: int) -> tuple[list[float], list[float]]:
+    """Return the seconds of each image, here and the plain way."""
+    dataset, plain = coco.build(image_set, root), plain_way(image_set)
+    fast, slow = [], []
+    for n in range(passes):
+        dataset.set_epoch(n)
+        for i in range(len(dataset)):
+            path = dataset.img_folder / str(dataset.index.file_names[i])
+            target = dataset._target(i, *dataset.sizes[i])
+            begin = time.process_time()
+            with T.seeded(dataset.seed, n, i):
+                plain(Image.open(path).convert("RGB"), target)
+            middle = time.process_time()
+            dataset[i]
+            slow.append(middle - begin)
+            fast.append(time.process_time() - middle)
+    return fast, slow
+
+
+def plain_way(image_set: str) -> T.Compose:
+    """Build the same transforms on PIL images, then float tensors, normalised: what most detection code does."""
+    published = coco.make_coco_transforms(image_set).transforms[:-2]
+    return T.Compose([*published, T.ToTensor(), T.Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])])
+
+
+def measure_index(_options, _side: type, _peer: type | None) -> Iterator[dict]:
+    """Load a train2017-sized file, each way in a process of its own; then touch every image in a forked worker."""
+    spawn = multiprocessing.get_context("spawn")
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "instances_train2017.json"
+        write_annotations(path)
+        for kind in ("pycocotools", "arrays"):
+            results = spawn.SimpleQueue()
+            process = spawn.Process(target=_load_and_touch, args=(kind, str(path), results))
+            process.start()
+            process.join()
+            yield {"index": kind, "json_mb": path.stat().st_size / 1e6} | results.get()
 
 
 def write_annotations(path: Path) -> None:
@@ -85,7 +101,7 @@ def write_annotations(path: Path) -> None:
 def private_memory() -> float:
     """Gigabytes that this process shares with nobody."""
     rows = Path("/proc/self/smaps_rollup").read_text().splitlines()
-    return sum(int(row.split()[1]) for row in rows if row.startswith("Private")) / 2**20
+    return sum(int(row.split()[1]) for row in rows if row.startswith("Private")) * 1024 / 1e9
 
 
 def _load_and_touch(kind: str, path: str, results) -> None:
@@ -93,63 +109,76 @@ def _load_and_touch(kind: str, path: str, results) -> None:
     if kind == "arrays":
         index = read_coco_index(path)
 
+        images = range(len(index.image_ids))
+
         def touch(i: int):
             return index.boxes[index.annotations_of(i)].sum()
     else:
-        from pycocotools.coco import COCO
-
-        api = COCO(path)
-        ids = sorted(api.imgs)
+        with contextlib.redirect_stdout(io.StringIO()):
+            api = COCO(path)
+        images = sorted(api.imgs)
 
         def touch(i: int):
-            return [annotation["bbox"] for annotation in api.imgToAnns[ids[i]]]
+            return [annotation["bbox"] for annotation in api.imgToAnns[i]]
 
     seconds, loaded = time.perf_counter() - begin, private_memory() - before
     grown = multiprocessing.get_context("fork").SimpleQueue()
 
     def worker() -> None:
         start = private_memory()
-        for i in range(IMAGES):
+        for i in images:
             touch(i)
         grown.put(private_memory() - start)
 
     process = multiprocessing.get_context("fork").Process(target=worker)
     process.start()
     process.join()
-    results.put((seconds, loaded, grown.get()))
+    results.put({"s": seconds, "held_gb": loaded, "worker_grows_gb": grown.get()})
 
 
-def benchmark_index() -> None:
-    """Load the same file both ways, each in a process of its own; then touch every image in a forked worker."""
-    spawn = multiprocessing.get_context("spawn")
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "instances_train2017.json"
-        write_annotations(path)
-        print(f"{IMAGES} images, {ANNOTATIONS} annotations, {path.stat().st_size / 1e6:.0f} MB of JSON\n")
-        print("| index | load, s | memory after loading, GB | a worker grows by, GB |\n|---|---|---|---|")
-        for kind in ("pycocotools", "arrays"):
-            results = spawn.SimpleQueue()
-            process = spawn.Process(target=_load_and_touch, args=(kind, str(path), results))
-            process.start()
-            process.join()
-            seconds, loaded, grown = results.get()
-            print(f"| {kind} | {seconds:.1f} | {loaded:.2f} | {grown:.3f} |", flush=True)
+def measure_evaluator(options, _side: type, _peer: type | None) -> Iterator[dict]:
+    """Time of AP over 5,000 images of 100 detections, beside pycocotools, which is run once."""
+    api, results = scenes_and_detections(*SCENES)
+    numbers = {}
+    (fast,) = timed([partial(judge, api, results, "auto", numbers)], options.rounds, "cpu")
+    begin = time.perf_counter()
+    judge(api, results, "pycocotools", numbers)
+    slow = time.perf_counter() - begin
+    off = max(abs(a - b) for a, b in zip(numbers["auto"], numbers["pycocotools"], strict=True))
+    yield {"images": SCENES[0], **fast, "pycocotools_s": slow, "ratio": slow / fast["s"], "numbers_off_by": off}
 
 
-def main() -> None:
-    """Run the benchmark that was asked for."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("loader", "index"))
-    parser.add_argument("--coco_path", help="data in COCO's layout, for loader")
-    parser.add_argument("--passes", type=int, default=1, help="times over the images, for loader")
-    options = parser.parse_args()
-    if options.what == "index":
-        benchmark_index()
-    elif options.coco_path is None:
-        parser.error("loader needs --coco_path")
-    else:
-        benchmark_loader(options.coco_path, options.passes)
+def judge(api: COCO, results: dict, backend: str, numbers: dict) -> None:
+    """Go from detections to the twelve numbers, and keep them."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        evaluator = CocoEvaluator(api, ["bbox"], backend=backend)
+        evaluator.update(results)
+        evaluator.synchronize_between_processes()
+        evaluator.accumulate()
+        evaluator.summarize()
+    numbers[backend] = [float(number) for number in evaluator.coco_eval["bbox"].stats[:12]]
 
 
-if __name__ == "__main__":
-    main()
+def scenes_and_detections(images: int, objects: int, detections: int) -> tuple[COCO, dict]:
+    """Draw boxes of 80 classes, and detections around them with random scores."""
+    rng, api = torch.Generator().manual_seed(0), COCO()
+    corners = torch.rand(images, objects, 2, generator=rng) * 400
+    sides = 20 + torch.rand(images, objects, 2, generator=rng) * 150
+    api.dataset = {
+        "images": [{"id": i, "height": 600, "width": 600} for i in range(images)],
+        "categories": [{"id": c} for c in range(1, 81)],
+        "annotations": [
+            {"id": i * objects + k + 1, "image_id": i, "category_id": 1 + (i + k) % 80, "iscrowd": 0,
+             "bbox": [*corners[i, k].tolist(), *sides[i, k].tolist()], "area": sides[i, k].prod().item()}
+            for i in range(images) for k in range(objects)
+        ],
+    }  # fmt: skip
+    with contextlib.redirect_stdout(io.StringIO()):
+        api.createIndex()
+    results = {}
+    for i in range(images):
+        near = torch.randint(0, objects, (detections,), generator=rng)
+        first = corners[i, near] + torch.randn(detections, 2, generator=rng) * 10
+        boxes = torch.cat([first, first + sides[i, near]], 1)
+        results[i] = {"scores": torch.rand(detections, generator=rng), "labels": 1 + (i + near) % 80, "boxes": boxes}
+    return api, results

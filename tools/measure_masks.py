@@ -8,7 +8,6 @@ done: until the head has drawn the masks, and until the backward pass is through
 """
 
 import argparse
-import os
 import sys
 import time
 from pathlib import Path
@@ -20,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from main import get_args_parser
 from models import build_model
+from tools.gauges import most_held, start_counting
 
 
 def main() -> None:
@@ -49,9 +49,9 @@ def main() -> None:
           f"{args.backbone}, {args.device}, torch {torch.__version__}, {torch.get_num_threads()} threads")  # fmt: skip
     rows = {"all queries": step(model, criterion, images, targets, every=True)}
     rows["matched only"] = step(model, criterion, images, targets, every=False)
-    print(f"{'':14}{'head MiB':>10}{'step MiB':>10}{'step s':>8}{'loss':>10}")
+    print(f"{'':14}{'head GB':>10}{'step GB':>10}{'step s':>8}{'loss':>10}")
     for name, row in rows.items():
-        print(f"{name:14}{row['head']:10.0f}{row['peak']:10.0f}{row['time']:8.2f}{row['loss']:10.5f}")
+        print(f"{name:14}{row['head']:10.2f}{row['peak']:10.2f}{row['time']:8.2f}{row['loss']:10.5f}")
     every, few = rows.values()
     print(f"{'ratio':14}{every['head'] / few['head']:10.1f}{every['peak'] / few['peak']:10.1f}"
           f"{every['time'] / few['time']:8.1f}")  # fmt: skip
@@ -76,13 +76,13 @@ def step(model: nn.Module, criterion: nn.Module, images: Tensor, targets: list[d
     model.zero_grad()
     start = time.perf_counter()
     outputs = model(images)
-    batch, queries = outputs["pred_logits"].shape[:2]
-    draw, held, head = outputs["masks_of"], start_counting(images.device), 0.0
+    device, (batch, queries) = images.device.type, outputs["pred_logits"].shape[:2]
+    draw, held, head = outputs["masks_of"], start_counting(device), 0.0
 
     def counted(image: Tensor, query: Tensor) -> Tensor:
         nonlocal head
         masks = draw(image, query)
-        head = most_held(images.device) - held
+        head = most_held(device) - held
         return masks
 
     def draw_all(image: Tensor, query: Tensor) -> Tensor:
@@ -93,33 +93,11 @@ def step(model: nn.Module, criterion: nn.Module, images: Tensor, targets: list[d
     losses = criterion(outputs, targets)
     loss = losses["loss_mask"] + losses["loss_dice"]
     loss.backward()
-    peak = most_held(images.device) - held
+    peak = most_held(device) - held
     seconds = time.perf_counter() - start
     gradients = [p.grad.clone() for p in model.parameters() if p.grad is not None]
     return {"head": head, "peak": peak, "time": seconds, "loss": loss.item(), "gradients": gradients}
 
 
-def start_counting(device: torch.device) -> float:
-    """Forget the peak so far, and return the MiB held now."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        return torch.cuda.memory_allocated() / 2**20
-    Path("/proc/self/clear_refs").write_text("5")
-    return most_held(device)
-
-
-def most_held(device: torch.device) -> float:
-    """Peak in MiB since `start_counting`: of PyTorch's memory on a GPU, of the process's (Linux) on the CPU."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() / 2**20
-    (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")]
-    return int(line.split()[1]) / 1024
-
-
 if __name__ == "__main__":
-    if (
-        "MALLOC_MMAP_THRESHOLD_" not in os.environ
-    ):  # freed memory goes back to the system at once, and so is not counted
-        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"})
     main()

@@ -1,17 +1,14 @@
-"""Saving and restoring a run: files that appear whole, and load without running anything that is in them."""
+"""Checkpoint files: they appear whole, and load without running anything that is in them."""
 
 import argparse
 import hashlib
 import os
 import pickle
-import platform
-import random
 import socket
 import tempfile
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from filelock import FileLock
 
@@ -144,29 +141,3 @@ def sha256(path: str | Path) -> str:
 
 def _first_line(error: Exception) -> str:
     return str(error).strip().split("\n")[0].split(". ")[0] or type(error).__name__
-
-
-def rng_state() -> dict:
-    """State of this process's generators, as tensors and plain Python."""
-    kind, keys, *rest = np.random.get_state()
-    return {
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
-        "numpy": [kind, keys.tolist(), *rest],
-        "python": random.getstate(),
-    }
-
-
-def restore_rng(state: dict) -> None:
-    """Put this process's generators where `rng_state` found them."""
-    torch.set_rng_state(state["torch"])
-    if state["cuda"] is not None and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"])
-    np.random.set_state(tuple(state["numpy"]))
-    version, words, rest = state["python"]
-    random.setstate((version, tuple(words), rest))
-
-
-def versions() -> dict[str, str]:
-    """What wrote the file."""
-    return {"python": platform.python_version(), "torch": str(torch.__version__)}
