@@ -64,7 +64,7 @@ def _run(module: nn.Module, x: Tensor) -> Tensor:
     x = _conv_norm(module.conv2, module.bn2, x)
     if isinstance(module, Bottleneck):
         x = _conv_norm(module.conv3, module.bn3, F.relu(x, inplace=True))
-    return F.relu(x + shortcut, inplace=True)
+    return F.relu(x.add_(shortcut), inplace=True)
 
 
 class BackboneBase(nn.Module):

@@ -13,6 +13,8 @@ from copy import deepcopy
 import torch
 from torch import Tensor, nn
 
+from models.dropout import Dropout, strike
+
 ACTIVATIONS = {"relu": nn.ReLU, "gelu": nn.GELU}
 
 
@@ -98,9 +100,10 @@ class TransformerDecoder(nn.Module):
 
 
 class Attention(nn.MultiheadAttention):
-    """Multi-head attention with nn.MultiheadAttention's parameters, always through the fused kernels.
+    """Multi-head attention with nn.MultiheadAttention's parameters, through PyTorch's fused kernels.
 
-    Only where a forward hook listens are the weights computed as well; see the top of this file.
+    The weights are written down only where a forward hook listens (see the top of this file), and where dropout strikes
+    them on a CPU, for which there is no fused kernel.
     """
 
     def forward(
@@ -112,22 +115,30 @@ class Attention(nn.MultiheadAttention):
         q = self._split_heads(nn.functional.linear(query, w_q, b_q))
         k = self._split_heads(nn.functional.linear(key, w_k, b_k))
         v = self._split_heads(nn.functional.linear(value, w_v, b_v))
-        attended = None if padding is None else ~padding[:, None, None, :]
-        dropout = self.dropout if self.training else 0.0
-        x = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=attended, dropout_p=dropout)
-        x = self.out_proj(x.transpose(1, 2).flatten(2))
+        ignored = None if padding is None else padding[:, None, None, :]
+        drop = self.dropout if self.training else 0.0
         weights: Tensor | None = None
         if not torch.jit.is_scripting():
             if self._forward_hooks:
-                scores = q @ k.transpose(2, 3) / self.head_dim**0.5
-                if attended is not None:
-                    scores = scores.masked_fill(~attended, float("-inf"))
-                weights = scores.softmax(dim=-1).mean(dim=1)
-        return x, weights
+                weights = attention_weights(q, k, ignored).mean(dim=1)
+        if not torch.jit.is_scripting() and drop > 0.0 and q.device.type == "cpu":
+            x = strike(attention_weights(q, k, ignored), drop) @ (v / (1 - drop))
+        else:
+            attended = None if ignored is None else ~ignored
+            x = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=attended, dropout_p=drop)
+        return self.out_proj(x.transpose(1, 2).flatten(2)), weights
 
     def _split_heads(self, x: Tensor) -> Tensor:
         """[B, N, C] -> [B, heads, N, C / heads]."""
         return x.unflatten(2, (self.num_heads, self.head_dim)).transpose(1, 2)
+
+
+def attention_weights(q: Tensor, k: Tensor, ignored: Tensor | None) -> Tensor:
+    """Softmax of q [B, heads, Q, c] times k [B, heads, N, c] without the `ignored` [B, 1, 1, N]: [B, heads, Q, N]."""
+    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(2, 3)
+    if ignored is not None:
+        scores += torch.zeros_like(ignored, dtype=scores.dtype).masked_fill_(ignored, float("-inf"))
+    return scores.softmax(dim=-1)
 
 
 class TransformerEncoderLayer(nn.Module):
@@ -147,7 +158,7 @@ class TransformerEncoderLayer(nn.Module):
         self.linear1 = nn.Linear(d_model, dim_feedforward)
         self.linear2 = nn.Linear(dim_feedforward, d_model)
         self.norm1, self.norm2 = nn.LayerNorm(d_model), nn.LayerNorm(d_model)
-        self.dropout, self.dropout1, self.dropout2 = nn.Dropout(dropout), nn.Dropout(dropout), nn.Dropout(dropout)
+        self.dropout, self.dropout1, self.dropout2 = Dropout(dropout), Dropout(dropout), Dropout(dropout)
         self.activation = ACTIVATIONS[activation]()
         self.normalize_before = normalize_before
 
@@ -183,8 +194,8 @@ class TransformerDecoderLayer(nn.Module):
         self.linear1 = nn.Linear(d_model, dim_feedforward)
         self.linear2 = nn.Linear(dim_feedforward, d_model)
         self.norm1, self.norm2, self.norm3 = nn.LayerNorm(d_model), nn.LayerNorm(d_model), nn.LayerNorm(d_model)
-        self.dropout = nn.Dropout(dropout)
-        self.dropout1, self.dropout2, self.dropout3 = nn.Dropout(dropout), nn.Dropout(dropout), nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
+        self.dropout1, self.dropout2, self.dropout3 = Dropout(dropout), Dropout(dropout), Dropout(dropout)
         self.activation = ACTIVATIONS[activation]()
         self.normalize_before = normalize_before
 

@@ -61,6 +61,7 @@ class Transformers:
         config = DetrConfig(
             backbone_config=ResNetConfig(depths=depths, out_features=["stage4"]),
             num_queries=queries, num_labels=CLASSES, auxiliary_loss=True,
+            attention_dropout=0.1, activation_dropout=0.1,  # as the paper's; 0 by default there
         )  # fmt: skip
         self.model = DetrForObjectDetection(config).to(device)
         for name, parameter in self.model.model.backbone.named_parameters():
