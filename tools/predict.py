@@ -12,7 +12,7 @@ import io
 import json
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -44,7 +44,14 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--device", default="cuda", help="device to run on; without a GPU the CPU is used")
     add("--min_size", type=int, help="shortest side as the model sees it (default: as it was evaluated)")
     add("--max_size", type=int, help="longest side at most (default: as it was evaluated)")
-    add("--compile", action="store_true", help="compile the network: for many images")
+    add("--batch_size", type=int, default=1, help="images that go through the network together")
+    add(
+        "--compile",
+        nargs="?",
+        const="any",
+        choices=("any", "fixed"),
+        help="compile the network, for many images; fixed: for images of few sizes (CUDA graphs on a GPU)",
+    )
     add("--amp", choices=("bf16", "fp16"), help="half precision in the network")
     add("--upright", action="store_true", help="turn photographs as their EXIF tag says (training never does)")
     return parser
@@ -183,6 +190,22 @@ def load_predictor(checkpoint: str | None, model: str | None, annotations: str |
     return Predictor.from_checkpoint(checkpoint, device, names)
 
 
+def walk(
+    predictor: Predictor, entries: Sequence[tuple[Path, int]], batch_size: int, upright: bool, threshold: float | None
+) -> Iterator[tuple[Path, int, Found | None]]:
+    """Predict batch by batch; an image that cannot be read is told of, and comes with None."""
+    for start in range(0, len(entries), batch_size):
+        batch, pictures = entries[start : start + batch_size], {}
+        for path, _ in batch:
+            try:
+                pictures[path] = turned(path) if upright else read_image(path)
+            except (OSError, ValueError, SyntaxError) as error:
+                tqdm.write(f"error: {error}", file=sys.stderr)
+        answers = dict(zip(pictures, predictor.many(list(pictures.values()), threshold), strict=True))
+        for path, image_id in batch:
+            yield path, image_id, answers.get(path)
+
+
 def main(argv: list[str] | None = None) -> int:
     """Predict; return 1 if some images could not be read."""
     args = get_args_parser().parse_args(argv)
@@ -190,6 +213,8 @@ def main(argv: list[str] | None = None) -> int:
     inside = [path for path in paths if Path(args.output).resolve() in path.resolve().parents]
     if inside:
         raise ValueError(f"{inside[0]} lies in --output {args.output}, which would be written over: choose another")
+    if args.batch_size < 1:
+        raise ValueError(f"--batch_size {args.batch_size}: at least 1")
     ids = image_ids(paths, args.annotations)
     predictor = load_predictor(args.checkpoint, args.model, args.annotations, args.device)
     predictor.min_size = args.min_size or predictor.min_size
@@ -199,14 +224,11 @@ def main(argv: list[str] | None = None) -> int:
     width = min(max(len(path.name) for path in paths), 40)
     print(f"{'image':{width}}  objects  what")
     counts, failed = Counter(), 0
-    for path, image_id in zip(tqdm(paths, disable=None, leave=False), ids, strict=True):
-        try:
-            image = turned(path) if args.upright else read_image(path)
-        except (OSError, ValueError, SyntaxError) as error:
-            tqdm.write(f"error: {error}", file=sys.stderr)
+    found_in = walk(predictor, list(zip(paths, ids, strict=True)), args.batch_size, args.upright, args.threshold)
+    for path, image_id, found in tqdm(found_in, total=len(paths), disable=None, leave=False):
+        if found is None:
             failed += 1
             continue
-        found = predictor(image, args.threshold)
         text = summary(found)
         folder.add(path, image_id, found, found.draw(args.show), text)
         counts.update(found.name(label) for label in found.labels.tolist())

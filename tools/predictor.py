@@ -7,6 +7,7 @@ predictor("photo.jpg").draw().save("found.png")
 
 import argparse
 import io
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -85,7 +86,7 @@ class Found:
 
 
 class Predictor:
-    """A model and its read-outs, called with one image at a time.
+    """A model and its read-outs, called with one image, or with `many`.
 
     `postprocessors` are build_model's. Images are resized as in evaluation: shortest side `min_size`, longest at most
     `max_size`.
@@ -105,10 +106,16 @@ class Predictor:
         self.class_names, self.min_size, self.max_size = class_names, min_size, max_size
         self.amp: str | None = None
 
-    def faster(self, compile: bool = False, amp: str | None = None) -> "Predictor":
-        """Compile the network, which pays from some dozens of images on, or run it in half precision (bf16, fp16)."""
-        if compile:
-            self.model.compile(dynamic=True)  # one graph for images of all sizes
+    def faster(self, compile: str | None = None, amp: str | None = None) -> "Predictor":
+        """Compile the network, which pays from some dozens of images on, or run it in half precision (bf16, fp16).
+
+        `compile` is "any", one graph for images of all sizes, or "fixed", a graph for each size that comes, recorded
+        as a CUDA graph on a GPU: for images (and batches) of one or few sizes.
+        """
+        if compile == "any":
+            self.model.compile(dynamic=True)
+        elif compile == "fixed":
+            self.model.compile(dynamic=False, mode="reduce-overhead")
         self.amp = amp
         return self
 
@@ -152,47 +159,62 @@ class Predictor:
         names = class_names or (COCO_NAMES if classes in COCO_CLASSES else {})
         return cls(model, postprocessors, names, device=device)
 
-    @torch.no_grad()
     def __call__(self, image: str | Path | Image.Image | Tensor, threshold: float | None = None) -> Found:
         """Find the objects of a file, a PIL image or a uint8 tensor [3, H, W].
 
         Objects score at least `threshold` (0.5); segments of a panoptic map more than it (its own, 0.85).
         """
-        if isinstance(image, Image.Image):
-            image = torch.from_numpy(np.array(to_rgb(image))).permute(2, 0, 1)
-        elif not isinstance(image, Tensor):
-            image = read_image(image)
-        height, width = image.shape[-2:]
-        resized, _ = resize(image, None, self.min_size, self.max_size)
-        with autocast(self.device, self.amp):
-            outputs = self.model([resized.to(self.device)])
-        sizes, inner = torch.tensor([[height, width]]), torch.tensor([resized.shape[-2:]])
+        return self.many([image], threshold)[0]
 
-        result = self.postprocessors["bbox"](outputs, sizes)[0]
-        order = result["scores"].argsort(descending=True)
-        keep = order[result["scores"][order] >= (0.5 if threshold is None else threshold)]
-        result = {name: value[keep] for name, value in result.items()}
-        if "segm" in self.postprocessors:
-            result["masks"] = torch.zeros((0, height, width), dtype=torch.bool)
-            if len(keep):  # masks at full size are large: only those wanted are drawn
-                some = {"pred_masks": outputs["pred_masks"][:, keep]}
-                masks = self.postprocessors["segm"]([result], some, sizes, inner)[0]["masks"]
-                result["masks"] = masks[:, 0].bool()
-        found = Found(image, **{k: v.cpu() for k, v in result.items()}, class_names=self.class_names)
+    @torch.no_grad()
+    def many(self, images: Sequence[str | Path | Image.Image | Tensor], threshold: float | None = None) -> list[Found]:
+        """Find the objects of several images in one pass of the network; images of like sizes waste less padding."""
+        if not images:
+            return []
+        images = [as_tensor(image) for image in images]
+        resized = [resize(image, None, self.min_size, self.max_size)[0] for image in images]
+        with autocast(self.device, self.amp):
+            outputs = self.model([image.to(self.device) for image in resized])
+        sizes, inner = (torch.tensor([image.shape[-2:] for image in group]) for group in (images, resized))
+
+        results, kept = [], []
+        for result in self.postprocessors["bbox"](outputs, sizes):
+            order = result["scores"].argsort(descending=True)
+            kept.append(order[result["scores"][order] >= (0.5 if threshold is None else threshold)])
+            results.append({name: value[kept[-1]] for name, value in result.items()})
+        if "segm" in self.postprocessors:  # masks at full size are large: only those wanted are drawn
+            some = {"pred_masks": [masks[keep] for masks, keep in zip(outputs["pred_masks"], kept, strict=True)]}
+            results = self.postprocessors["segm"](results, some, sizes, inner)
+            for result in results:
+                result["masks"] = result["masks"][:, 0].bool()
+        found = [
+            Found(image, **{name: value.cpu() for name, value in result.items()}, class_names=self.class_names)
+            for image, result in zip(images, results, strict=True)
+        ]
         if "panoptic" in self.postprocessors:
             self._read_panoptic(found, outputs, inner, sizes, threshold)
         return found
 
-    def _read_panoptic(self, found: Found, outputs: dict, inner: Tensor, sizes: Tensor, threshold: float | None):
+    def _read_panoptic(
+        self, found: list[Found], outputs: dict, inner: Tensor, sizes: Tensor, threshold: float | None
+    ) -> None:
         read_out = self.postprocessors["panoptic"]
         own = read_out.threshold
         read_out.threshold = own if threshold is None else threshold
-        (answer,) = read_out(outputs, inner, sizes, first_id=1)
+        answers = read_out(outputs, inner, sizes, padded_size=tuple(inner.max(0).values.tolist()), first_id=1)
         read_out.threshold = own
-        with Image.open(io.BytesIO(answer["png_string"])) as file:
-            rgb = np.array(file, np.int64)
-        found.segment_ids = rgb[..., 0] + 256 * rgb[..., 1] + 256**2 * rgb[..., 2]
-        found.segments = answer["segments_info"]
+        for each, answer in zip(found, answers, strict=True):
+            with Image.open(io.BytesIO(answer["png_string"])) as file:
+                rgb = np.array(file, np.int64)
+            each.segment_ids = rgb[..., 0] + 256 * rgb[..., 1] + 256**2 * rgb[..., 2]
+            each.segments = answer["segments_info"]
+
+
+def as_tensor(image: str | Path | Image.Image | Tensor) -> Tensor:
+    """Read a file, or take a PIL image or a tensor: uint8 RGB [3, H, W]."""
+    if isinstance(image, Image.Image):
+        return torch.from_numpy(np.array(to_rgb(image))).permute(2, 0, 1)
+    return image if isinstance(image, Tensor) else read_image(image)
 
 
 def count_classes(state: dict, name: str) -> int:

@@ -1,0 +1,121 @@
+"""Train the same steps as this project does, and plainly, and lay the loss curves on each other.
+
+python -m tests.loss_curves curves.png --steps 200 --ways plain fast bf16 compiled --coco_path COCO --device cpu
+
+Other flags are main.py's. Plain is torchvision's own ResNet on normalised floats, PyTorch's own attention module, every
+layer's loss by itself and the optimizer parameter by parameter. Dropout is off in all: its random numbers would differ.
+"""
+
+import argparse
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor, nn
+
+from datasets import build_dataset
+from engine import train_one_epoch
+from main import build_run, build_train_loader, get_args_parser
+from models import backbone, build_model
+from models.transformer import Attention
+from util.nested_tensor import NestedTensor
+
+
+def curve(args: argparse.Namespace, way: str, steps: int) -> list[float]:
+    """Return the losses of the first steps: plain, fast, bf16 or compiled."""
+    torch.manual_seed(args.seed)
+    train_set = build_dataset("train", args)
+    args.num_classes = args.num_classes or train_set.num_classes
+    model, criterion, _ = build_model(args)
+    device, totals = torch.device(args.device), [0.0]
+    optimizer = build_run(args, model.to(device), train_set).optimizer
+    batches = build_train_loader(train_set, args, device)
+    if way == "plain":
+        model.to(memory_format=torch.contiguous_format)
+        optimizer = torch.optim.AdamW(optimizer.param_groups, fused=False, foreach=False)
+        criterion = OneByOne(criterion)
+    if way == "compiled":
+        torch._dynamo.reset()
+        model.compile()
+    with plainly() if way == "plain" else nullcontext():
+        for epoch in range(-(-steps // len(batches))):
+            train_set.set_epoch(epoch)
+            batches.batch_sampler.set_epoch(epoch)
+            loader = list(batches)[: steps - len(totals) + 1]
+            if way == "plain":
+                loader = [(normalised(samples), targets) for samples, targets in loader]
+            before = totals[-1]
+            train_one_epoch(
+                model, criterion, loader, optimizer, device, epoch, args.clip_max_norm, print_freq=50,
+                amp="bf16" if way == "bf16" else None,
+                after_step=lambda _, metrics: totals.append(before + metrics.sums()["loss"][0]),  # noqa: B023
+            )  # fmt: skip
+    return np.diff(totals).tolist()
+
+
+@contextmanager
+def plainly() -> Iterator[None]:
+    """Take torchvision's and PyTorch's own forward passes."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(backbone, "_run", lambda module, x: module(x))
+        patch.setattr(backbone, "_conv_norm", lambda conv, norm, x: norm(conv(x)))
+
+        def attention(self, query, key, value, padding=None):
+            return nn.MultiheadAttention.forward(self, query, key, value, key_padding_mask=padding)
+
+        patch.setattr(Attention, "forward", attention)
+        yield
+
+
+class OneByOne(nn.Module):
+    """The criterion, given one decoder layer at a time."""
+
+    def __init__(self, criterion: nn.Module):
+        super().__init__()
+        self.criterion, self.weight_dict = criterion, criterion.weight_dict
+
+    def forward(self, outputs: dict, targets: list[dict]) -> dict[str, Tensor]:
+        """Losses of all layers, as SetCriterion names them."""
+        losses = self.criterion({name: value for name, value in outputs.items() if name != "aux_outputs"}, targets)
+        for i, layer in enumerate(outputs["aux_outputs"]):
+            losses |= {f"{name}_{i}": value for name, value in self.criterion(layer, targets).items()}
+        return losses
+
+
+def normalised(samples: NestedTensor) -> NestedTensor:
+    """Bytes -> floats with ImageNet's mean and deviation; padding is zero after that."""
+    pixels, mask = samples.decompose()
+    mean, std = (torch.tensor(values)[:, None, None] for values in (backbone.PIXEL_MEAN, backbone.PIXEL_STD))
+    return NestedTensor(((pixels.float() / 255 - mean) / std).masked_fill(mask[:, None], 0.0), mask)
+
+
+def main() -> None:
+    """Draw the curves, and print how far each is from the plain one."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, parents=[get_args_parser()], formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("picture", type=Path)
+    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--ways", nargs="+", default=["plain", "fast", "bf16"])
+    args = parser.parse_args()
+    args.dropout = 0.0
+    curves = {way: curve(args, way, args.steps) for way in args.ways}
+    args.picture.with_suffix(".json").write_text(json.dumps(curves))
+    figure = Figure(figsize=(8, 4), layout="constrained")
+    panel = figure.subplots()
+    for way, losses in curves.items():
+        panel.plot(losses, label=way, linewidth=1)
+        off = np.abs(np.array(losses) / curves[args.ways[0]] - 1)
+        print(f"{way}: the last loss is {losses[-1]:.4f}; off by {off.mean():.2%} on average, {off.max():.2%} at most")
+    panel.set(xlabel="step", ylabel="loss")
+    panel.legend()
+    figure.savefig(args.picture, dpi=120)
+
+
+if __name__ == "__main__":
+    main()
