@@ -25,7 +25,7 @@ def launch(words: list[str], processes: int = 2, **environment) -> subprocess.Co
 
 
 def run_together(flags: str, processes: int = 2) -> str:
-    done = launch(["main.py", *TINY.split(), *flags.split()], processes, TORCH_DISTRIBUTED_DEBUG="INFO")
+    done = launch(["main.py", *TINY.split(), *flags.split()], processes, TORCH_DISTRIBUTED_DEBUG="DETAIL")
     assert done.returncode == 0, done.stderr[-3000:]
     assert not re.search("warn|unused|mismatch", done.stderr, re.IGNORECASE), done.stderr
     return done.stdout

@@ -56,6 +56,19 @@ def _meet_on_the_first_node() -> None:
     os.environ.setdefault("MASTER_PORT", str(20000 + (job * 7 + step) % 40000))
 
 
+def _gloo() -> str:
+    """Name the CPU's backend: gloo, or where TORCH_DISTRIBUTED_DEBUG is DETAIL the same under another name.
+
+    DETAIL puts a wrapper around a backend, and PyTorch's DistributedDataParallel (seen in 2.11 to 2.15) takes whatever
+    is called gloo for the bare one, and crashes.
+    """
+    if dist.get_debug_level() != dist.DebugLevel.DETAIL:
+        return "gloo"
+    if "watched_gloo" not in dist.Backend.backend_list:
+        dist.Backend.register_backend("watched_gloo", dist.ProcessGroupGloo, devices=["cpu"])
+    return "watched_gloo"
+
+
 def init_distributed_mode(device: str = "cuda", dist_url: str = "env://") -> ProcessInfo:
     """Join the process group the launcher describes, if it describes one, and return this process's place.
 
@@ -71,7 +84,7 @@ def init_distributed_mode(device: str = "cuda", dist_url: str = "env://") -> Pro
         global _store
         _store, _, _ = next(dist.rendezvous(dist_url, rank=info.rank, world_size=info.world_size))
         dist.init_process_group(
-            backend="cpu:gloo,cuda:nccl" if on_gpu else "gloo",
+            backend="cpu:gloo,cuda:nccl" if on_gpu else _gloo(),
             store=_store,
             world_size=info.world_size,
             rank=info.rank,
