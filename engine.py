@@ -79,6 +79,12 @@ def train_one_epoch(
     return metrics.averages()
 
 
+def compile_network(model: nn.Module) -> None:
+    """Compile a model in place: one graph for the first image size, and one for all others."""
+    # Otherwise (seen in torch 2.14) the backward pass of a convolution is compiled anew for each size.
+    model.compile(options={"force_layout_optimization": True})
+
+
 @torch.no_grad()
 def evaluate(
     model: nn.Module,

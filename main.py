@@ -26,7 +26,7 @@ from datasets.batches import EvalBatches, TrainBatches
 from datasets.coco import AUGMENTS
 from datasets.coco_eval import CocoEvaluator, curves
 from datasets.transforms import resized_size
-from engine import evaluate, train_one_epoch
+from engine import compile_network, evaluate, train_one_epoch
 from models import build_model
 from util.checkpoint import load_checkpoint, load_model, newest_checkpoint, save_checkpoint
 from util.dist import (
@@ -313,7 +313,7 @@ def build_parts(args, device: torch.device, resume: str | Path | None) -> tuple:
         logger.warning("evaluating a model that was never trained: --resume names its checkpoint")
     model.to(device)
     if args.compile:
-        model.compile()
+        compile_network(model)
     return model, criterion, postprocessors, checkpoint
 
 

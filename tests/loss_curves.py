@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from datasets import build_dataset
-from engine import train_one_epoch
+from engine import compile_network, train_one_epoch
 from main import build_run, build_train_loader, get_args_parser
 from models import backbone, build_model
 from models.transformer import Attention
@@ -41,7 +41,7 @@ def curve(args: argparse.Namespace, way: str, steps: int) -> list[float]:
         criterion = OneByOne(criterion)
     if way == "compiled":
         torch._dynamo.reset()
-        model.compile()
+        compile_network(model)
     with plainly() if way == "plain" else nullcontext():
         for epoch in range(-(-steps // len(batches))):
             train_set.set_epoch(epoch)

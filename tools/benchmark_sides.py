@@ -29,6 +29,12 @@ class Ours:
         self.model.to(device)
         self.device = device
 
+    def compile(self) -> None:
+        """Compile the network as the tree does, where it has a way of its own."""
+        import engine
+
+        getattr(engine, "compile_network", torch.nn.Module.compile)(self.model)
+
     def batch(self, images: list[Tensor]):
         """Images [3, h, w] in 0..255 as bytes -> what the model takes."""
         from util.misc import nested_tensor_from_tensor_list
