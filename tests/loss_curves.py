@@ -106,15 +106,24 @@ def main() -> None:
     args.dropout = 0.0
     curves = {way: curve(args, way, args.steps) for way in args.ways}
     args.picture.with_suffix(".json").write_text(json.dumps(curves))
-    figure = Figure(figsize=(8, 4), layout="constrained")
-    panel = figure.subplots()
     for way, losses in curves.items():
-        panel.plot(losses, label=way, linewidth=1)
         off = np.abs(np.array(losses) / curves[args.ways[0]] - 1)
         print(f"{way}: the last loss is {losses[-1]:.4f}; off by {off.mean():.2%} on average, {off.max():.2%} at most")
-    panel.set(xlabel="step", ylabel="loss")
-    panel.legend()
-    figure.savefig(args.picture, dpi=120)
+    draw(curves, args.picture)
+
+
+def draw(curves: dict[str, list[float]], path: Path) -> None:
+    """The curves, and below how far each is from the first."""
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    above, below = figure.subplots(2, 1, sharex=True, height_ratios=(2, 1))
+    first, *_ = curves.values()
+    for way, losses in curves.items():
+        above.plot(losses, label=way, linewidth=1)
+        below.plot(100 * (np.array(losses) / first - 1), linewidth=1)
+    above.set(ylabel="loss")
+    below.set(xlabel="step", ylabel=f"% off {next(iter(curves))}")
+    above.legend()
+    figure.savefig(path, dpi=100)
 
 
 if __name__ == "__main__":

@@ -1,3 +1,4 @@
+import gc
 import json
 
 import pytest
@@ -47,6 +48,11 @@ def test_ground_truth_scores_one(truth):
 def test_both_backends_give_the_same_twelve_numbers(truth):
     results = detections(truth, shift=3)
     assert numbers(truth, results, "pycocotools")[:12] == numbers(truth, results, "faster")[:12]
+
+
+def test_garbage_is_collected_afterwards(truth):
+    numbers(truth, detections(truth))
+    assert gc.isenabled()
 
 
 @pytest.mark.parametrize("backend", ["pycocotools", "faster"])

@@ -194,6 +194,7 @@ def test_an_unreadable_image_is_told_and_the_rest_goes_on(coco_root, checkpoint,
         ("IMAGES", "which model"),
         ("IMAGES --checkpoint CHECKPOINT --show masks", "finds no masks"),
         ("IMAGES --checkpoint CHECKPOINT --output IMAGES", "would be written over"),
+        ("IMAGES --checkpoint CHECKPOINT --batch_size 0", "--batch_size 0: at least 1"),
     ],
 )
 def test_bad_input_ends_in_a_sentence(flags, message, coco_root, checkpoint, tmp_path, capsys):
@@ -214,7 +215,7 @@ def test_bad_input_ends_in_a_sentence(flags, message, coco_root, checkpoint, tmp
     assert message in errors and errors.startswith("error: ") and "Traceback" not in errors
 
 
-def test_masks_and_panoptic_are_drawn_and_written(coco_root, tmp_path):
+def test_masks_and_panoptic_are_drawn_and_written(coco_root, tmp_path, monkeypatch):
     flags = "--masks --num_classes 4 --hidden_dim 128 --nheads 8 --dataset_file coco_panoptic"
     path = write_checkpoint(tmp_path / "masks.pth", flags)
     predictor = Predictor.from_checkpoint(path, device="cpu")
@@ -225,6 +226,12 @@ def test_masks_and_panoptic_are_drawn_and_written(coco_root, tmp_path):
     some = predictor(found.image, threshold=float(found.scores[2]))  # the masks are those of the queries kept, in order
     assert len(some) == 3 and torch.equal(some.masks, found.masks[:3])
     assert predictor(found.image, threshold=1.0).masks.shape == (0, 48, 64)
+    small, padded, read_out = found.image[:, :40, :50], [], predictor.postprocessors["panoptic"]
+    read = read_out.forward
+    monkeypatch.setattr(read_out, "forward", lambda *a, **how: padded.append(how["padded_size"]) or read(*a, **how))
+    alone, (_, together) = predictor(small, threshold=0), predictor.many([found.image, small], threshold=0)
+    assert together.masks.shape == (8, 40, 50) and (together.masks == alone.masks).float().mean() > 0.9
+    assert together.segment_ids.shape == (40, 50) and padded == [(64, 80), (64, 85)]
     for each in predictor.many([found.image] * 2, threshold=0):
         assert torch.equal(each.masks, found.masks) and (each.segment_ids == found.segment_ids).mean() > 0.9
     for kind in found.kinds:
