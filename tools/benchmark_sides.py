@@ -14,7 +14,7 @@ CLASSES, OBJECTS = 91, 7  # COCO's, and its objects in an image on average
 class Ours:
     """This tree's DETR, or another one with the same contract: built from the reference's flags."""
 
-    def __init__(self, model: str, queries: int, device: str, **more):
+    def __init__(self, model: str, queries: int, device: str):
         from main import get_args_parser
 
         flags = f"--backbone {model.removesuffix('-dc5')} --num_queries {queries} --device {device}".split()
@@ -58,7 +58,7 @@ class Ours:
 class Transformers:
     """Hugging Face's DETR with the same shape; its layers 2 to 4 train, as everywhere else."""
 
-    def __init__(self, model: str, queries: int, device: str, **more):
+    def __init__(self, model: str, queries: int, device: str):
         from transformers import DetrConfig, DetrForObjectDetection, ResNetConfig
 
         if model not in ("resnet50", "resnet101"):
