@@ -160,6 +160,7 @@ def check_flags(args) -> None:
         (args.frozen_weights and not args.masks, "--frozen_weights trains a mask head on a frozen model: add --masks"),
         (args.hidden_dim % args.nheads, f"--hidden_dim {args.hidden_dim} cannot be split into --nheads {args.nheads}"),
         (args.hidden_dim % 4, f"--hidden_dim {args.hidden_dim}: positions need a multiple of 4"),
+        (not 0 <= args.dropout < 1, f"--dropout {args.dropout}: at least 0, and below 1"),
         (args.num_queries < 1, f"--num_queries {args.num_queries}: at least 1"),
         (args.dec_layers < 1, f"--dec_layers {args.dec_layers}: at least 1"),
         (args.batch_size < 1, f"--batch_size {args.batch_size}: at least 1"),
