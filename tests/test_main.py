@@ -38,6 +38,7 @@ def test_every_flag_is_explained_and_names_are_told_in_the_help():
     ("--frozen_weights x.pth", "add --masks"), ("--nheads 5", "--nheads 5"), ("--accum_steps 0", "--accum_steps 0"),
     ("--resume auto", "--output_dir"), ("--min_size 900 --max_size 800", "--max_size 800"),
     ("--hidden_dim 34 --nheads 2", "multiple of 4"), ("--batch_size 0", "--batch_size"), ("--num_queries 0", "queries"),
+    ("--dropout 1", "--dropout"),
     ("--backbone_norm batch --lr_backbone 0", "lr_backbone"), ("--eval_every 0", "--eval_every"),
 ])  # fmt: skip
 def test_contradictions_are_refused_in_a_sentence(flags, words):
