@@ -50,6 +50,23 @@ def test_another_tree_is_measured_in_a_process_of_its_own(tmp_path):
     assert "| ratio |" in (tmp_path / "benchmark.md").read_text() and "| ratio |" in done.stdout
 
 
+def test_another_tree_brings_its_own_modules(tmp_path):
+    (tmp_path / "util").mkdir()
+    (tmp_path / "util" / "__init__.py").write_text("")
+    (tmp_path / "main.py").write_text("import util\nraise SystemExit(util.__file__)\n")
+    command = [sys.executable, "tools/benchmark.py", "forward", *SMALL.split(), "--peer", tmp_path]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 1 and str(tmp_path / "util") in done.stderr and "did not run there" in done.stderr
+
+
+@pytest.mark.parametrize("flags, words", [
+    ("loader --coco_path gone", "--coco_path is gone"), ("forward --peer gone", "neither transformers nor a folder"),
+])  # fmt: skip
+def test_what_is_not_there_is_said(flags, words):
+    done = subprocess.run([sys.executable, "tools/benchmark.py", *flags.split()], capture_output=True, text=True)
+    assert done.returncode and words in done.stderr and "Traceback" not in done.stderr
+
+
 def test_what_needs_a_gpu_says_so():
     with pytest.raises(SystemExit, match="--device cuda"):
         list(benchmark.run(benchmark.parse_args(["syncs", *SMALL.split()]), Ours))

@@ -13,7 +13,7 @@ import hubconf
 import main as training
 from models import build_model
 from tests.conftest import parse
-from tools import predict, show_predictions
+from tools import draw_panoptic, predict, show_predictions
 from tools.predictor import Predictor
 from util.checkpoint import save_checkpoint
 from util.tool import exit_status
@@ -243,6 +243,20 @@ def test_masks_and_panoptic_are_drawn_and_written(coco_root, tmp_path, monkeypat
     with Image.open(tmp_path / "found" / "panoptic" / panoptic[0]["file_name"]) as file:
         ids = np.array(file, np.int64) @ [1, 256, 256**2]
     assert (ids == found.segment_ids).all() and panoptic[0]["segments_info"] == found.segments
+
+
+def test_maps_of_an_evaluation_are_drawn_beside_their_images(coco_root, tmp_path, capsys):
+    record = {"image_id": 21, "file_name": "000000000021.png", "segments_info": [{"id": 7, "category_id": 1}]}
+    (tmp_path / "maps").mkdir()
+    Image.new("RGB", (64, 48), (7, 0, 0)).save(tmp_path / "maps" / "000000000021.png")
+    content = {"annotations": [record], "categories": [{"id": 1, "name": "cat"}]}
+    (tmp_path / "maps" / "predictions.json").write_text(json.dumps(content))
+    flags = ["--images", str(coco_root / "val2017"), "--height", "96", "--output", str(tmp_path / "sheet.png")]
+    assert exit_status(lambda: draw_panoptic.main([str(tmp_path / "maps"), *flags])) == 0
+    with Image.open(tmp_path / "sheet.png") as sheet:
+        assert sheet.width > 2 * 128 and sheet.height > 96
+    assert exit_status(lambda: draw_panoptic.main([str(tmp_path), *flags])) == 2
+    assert "predictions.json: no such file" in capsys.readouterr().err
 
 
 def test_a_sheet_of_truth_beside_predictions(coco_root, tmp_path, capsys):

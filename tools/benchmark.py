@@ -21,6 +21,7 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+# From tools/ only: where another tree is measured, `main`, `models` and `util` are its own.
 from tools import benchmark_parts
 from tools.benchmark_sides import Ours, Transformers, load_tree
 from tools.gauges import machine
@@ -50,6 +51,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--output", help="folder for benchmark.json, benchmark.md and the plot of `cost`")
     add("--tree", help=argparse.SUPPRESS)  # how a folder given as --peer is run, in a process of its own
     options = parser.parse_args(argv)
+    if options.peer not in (None, "transformers") and not (Path(options.peer) / "main.py").is_file():
+        parser.error(f"--peer {options.peer}: neither transformers nor a folder with a main.py in it")
     options.size = [tuple(int(side) for side in size.split("x")) for size in options.size]
     return options
 

@@ -27,8 +27,8 @@ SCENES = (5000, 7, 100)  # images, objects and detections in each, as in val2017
 
 def measure_loader(options, _side: type, _peer: type | None) -> Iterator[dict]:
     """Processor time of an image in one thread, beside the plain way's, over the same images and random draws."""
-    if options.coco_path is None:
-        raise SystemExit("loader reads real images: --coco_path says where")
+    if not Path(options.coco_path or "").joinpath("annotations").is_dir():
+        raise SystemExit(f"loader reads real images in COCO's layout, and --coco_path is {options.coco_path}")
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     for image_set in ("train", "val"):
