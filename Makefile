@@ -9,7 +9,7 @@ DEMO_FLAGS := --dataset_file shapes --coco_path data/shapes --shapes_classes 3 -
 	--device cpu --num_workers 0 --print_freq 25 --backbone resnet18 --backbone_weights none --backbone_norm batch \
 	--min_size 80 --max_size 80 --augment flip --pre_norm --hidden_dim 128 --dim_feedforward 256 --enc_layers 2 \
 	--dec_layers 3 --num_queries 12 --dropout 0 --batch_size 32 --lr 7e-4 --lr_backbone 7e-4 \
-	--epochs 11 --lr_drop 8 --eval_every 2
+	--epochs 12 --lr_drop 9 --eval_every 2
 
 .PHONY: demo test test-slurm lint format clean
 
