@@ -19,8 +19,9 @@ AMP = {"bf16": torch.bfloat16, "fp16": torch.float16}
 def measure_forward(options, side: type, peer: type | None) -> Iterator[dict]:
     """Time of a forward pass in evaluation mode, its memory, its FLOPs, and the share of the machine's peak."""
     for setting, ours, theirs, images in settings(options, side, peer):
-        precisions = (setting["precision"], options.peer_precision or setting["precision"])
-        calls = [forward_call(one, images, how) for one, how in zip((ours, theirs), precisions, strict=True) if one]
+        calls = [forward_call(ours, images, setting["precision"])]
+        if theirs:
+            calls.append(forward_call(theirs, images, options.peer_precision or setting["precision"]))
         with torch.no_grad():
             flops = count_flops(calls[0]) if not setting["compiled"] else None
             figures = timed(calls, options.rounds, options.device)
@@ -34,8 +35,9 @@ def measure_forward(options, side: type, peer: type | None) -> Iterator[dict]:
 def measure_train(options, side: type, peer: type | None) -> Iterator[dict]:
     """Time of a training step: forward, losses of six layers, backward, clipping, AdamW."""
     for setting, ours, theirs, images in settings(options, side, peer):
-        precisions = (setting["precision"], options.peer_precision or setting["precision"])
-        calls = [train_call(one, images, how) for one, how in zip((ours, theirs), precisions, strict=True) if one]
+        calls = [train_call(ours, images, setting["precision"])]
+        if theirs:
+            calls.append(train_call(theirs, images, options.peer_precision or setting["precision"]))
         row = setting | compared(timed(calls, options.rounds, options.device))
         row["images_per_s"] = setting["batch"] / row["s"]
         yield row
@@ -159,8 +161,6 @@ def settings(options, side: type, peer: type | None) -> Iterator[tuple]:
     for model, precision, compile_it, batch in itertools.product(
         options.models, options.precision, compiled, options.batch
     ):
-        if options.device.startswith("cuda"):
-            torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision == "tf32"
         torch.manual_seed(0)
         ours = side(model, options.queries, options.device)
         theirs = peer(model, options.queries, options.device) if peer else None
@@ -216,7 +216,9 @@ def peak(device: str, precision: str) -> float:
 
 
 def autocast(device: str, precision: str) -> torch.autocast:
-    """Build the context of a precision."""
+    """Build the context of a precision; TF32 is a switch, which stays as the last call wanted it."""
+    if device.startswith("cuda"):
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision == "tf32"
     return torch.autocast(torch.device(device).type, dtype=AMP.get(precision), enabled=precision in AMP)
 
 
