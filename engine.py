@@ -181,6 +181,15 @@ def autocast(device: torch.device, amp: str | None) -> torch.autocast:
     return torch.autocast(torch.device(device).type, dtype=AMP_TYPES.get(amp), enabled=amp is not None)
 
 
+def allow_tf32(yes: bool) -> None:
+    """Say, for the whole process, whether a GPU may round the inputs of float32 products to TF32's 10 bits of fraction.
+
+    PyTorch lets convolutions do so unasked, which moves outputs by about 1e-3.
+    """
+    torch.backends.cudnn.allow_tf32 = yes
+    torch.set_float32_matmul_precision("high" if yes else "highest")
+
+
 def loss_values(losses: dict[str, Tensor], weight_dict: dict[str, float]) -> dict[str, float]:
     """Bring the losses to the CPU, in one copy, as the numbers the log shows.
 

@@ -26,7 +26,7 @@ from datasets.batches import EvalBatches, TrainBatches
 from datasets.coco import AUGMENTS
 from datasets.coco_eval import CocoEvaluator, curves
 from datasets.transforms import resized_size
-from engine import compile_network, evaluate, train_one_epoch
+from engine import allow_tf32, compile_network, evaluate, train_one_epoch
 from models import build_model
 from util.checkpoint import load_checkpoint, load_model, newest_checkpoint, save_checkpoint
 from util.dist import (
@@ -62,6 +62,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--clip_max_norm", default=0.1, type=float, help="largest norm of the gradient; 0 leaves it alone")
     add("--accum_steps", default=1, type=int, help="batches whose gradients are averaged for one step")
     add("--amp", choices=["bf16", "fp16"], help="half precision in the network (matching and losses stay float32)")
+    add("--tf32", action="store_true",
+        help="let float32 convolutions and products on a GPU round their inputs to TF32, 10 bits of fraction")
     add("--compile", action="store_true", help="compile the network (torch.compile)")
 
     add = _group(parser, "backbone")
@@ -192,6 +194,7 @@ def main(args) -> None:
 def run_process(args, processes: ProcessInfo) -> None:
     """Do one process's share of the run."""
     device = pick_device(args.device, processes.local_rank)
+    allow_tf32(args.tf32)
     logger.info(get_sha())
     logger.info(args)
     torch.manual_seed(args.seed + processes.rank)

@@ -226,6 +226,13 @@ def test_evaluating_a_checkpoint_gives_the_ap_it_was_saved_with(finished, tmp_pa
     assert ap[ap > -1].mean().item() == pytest.approx(log_of(root / "whole")[-1]["test_coco_eval_bbox"][0])
 
 
+def test_convolutions_keep_their_digits_unless_tf32_is_asked_for(finished):
+    root, flags = finished
+    for more, allowed, products in (("--tf32", True, "high"), ("", False, "highest")):
+        run(f"{flags} --eval --resume {root}/whole/checkpoint.pth {more}")
+        assert torch.backends.cudnn.allow_tf32 == allowed and torch.get_float32_matmul_precision() == products
+
+
 def test_without_padding_batch_size_does_not_change_the_predictions(finished, tmp_path):
     from tests.conftest import write_coco
 

@@ -43,9 +43,8 @@ def test_numbers_are_those_of_evaluation(coco_root, checkpoint, tmp_path):
     training.main(parse(f"--num_classes 4 {flags}"))
     images, annotations = coco_root / "val2017", coco_root / "annotations" / "instances_val2017.json"
     where = tmp_path / "found"
-    assert (
-        run(images, "--checkpoint", checkpoint, "--threshold", 0, "--annotations", annotations, "--output", where) == 0
-    )
+    flags = ("--checkpoint", checkpoint, "--threshold", 0, "--annotations", annotations, "--output", where, "--tf32")
+    assert run(images, *flags) == 0
 
     def table(path):
         key = lambda r: (r["image_id"], -r["score"])  # noqa: E731
@@ -53,13 +52,14 @@ def test_numbers_are_those_of_evaluation(coco_root, checkpoint, tmp_path):
         return [(r["image_id"], r["category_id"]) for r in rows], np.array([[*r["bbox"], r["score"]] for r in rows])
 
     ours, theirs = table(where / "predictions.json"), table(tmp_path / "eval" / "predictions_bbox.json")
-    assert ours[0] == theirs[0] and len(ours[0]) == 3 * 8
+    assert ours[0] == theirs[0] and len(ours[0]) == 3 * 8 and torch.backends.cudnn.allow_tf32
     np.testing.assert_allclose(ours[1], theirs[1], rtol=1e-4, atol=1e-4)
 
 
 def test_a_folder_becomes_pictures_a_table_and_one_page(coco_root, checkpoint, tmp_path, capsys):
     where = tmp_path / "found"
     assert run(coco_root / "val2017", "--checkpoint", checkpoint, "--threshold", 0, "--output", where) == 0
+    assert not torch.backends.cudnn.allow_tf32
     text = capsys.readouterr().out
     assert re.search(r"000000000021.jpg +8  (cat|dog|class \d) 0\.\d\d", text)
     assert "written:" in text and "all: " in text

@@ -22,6 +22,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from datasets.coco_index import read_coco_index
 from datasets.images import read_image, to_rgb
+from engine import allow_tf32
 from tools.predictor import HUB_NAMES, Found, Predictor
 from util.draw import fit
 from util.tool import exit_status
@@ -53,6 +54,7 @@ def get_args_parser() -> argparse.ArgumentParser:
         help="compile the network, for many images; fixed: for images of few sizes (CUDA graphs on a GPU)",
     )
     add("--amp", choices=("bf16", "fp16"), help="half precision in the network")
+    add("--tf32", action="store_true", help="let float32 products on a GPU round their inputs to TF32")
     add("--upright", action="store_true", help="turn photographs as their EXIF tag says (training never does)")
     return parser
 
@@ -216,6 +218,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.batch_size < 1:
         raise ValueError(f"--batch_size {args.batch_size}: at least 1")
     ids = image_ids(paths, args.annotations)
+    allow_tf32(args.tf32)
     predictor = load_predictor(args.checkpoint, args.model, args.annotations, args.device)
     predictor.min_size = args.min_size or predictor.min_size
     predictor.max_size = max(args.max_size or predictor.max_size, predictor.min_size)
