@@ -36,6 +36,13 @@ def test_the_data_is_measured_beside_the_usual_way(coco_root, monkeypatch):
     assert judged["numbers_off_by"] < 1e-12 and judged["ratio"] == pytest.approx(judged["pycocotools_s"] / judged["s"])
 
 
+def test_images_are_counted_from_the_file_to_training_and_to_detections(coco_root):
+    flags = ["feed", "predict", *SMALL.split(), "--workers", "0", "1", "--coco_path", str(coco_root)]
+    alone, helped, found = benchmark.run(benchmark.parse_args(flags), Ours)
+    assert (alone["workers"], helped["workers"]) == (0, 1) and min(alone["images_per_s"], helped["images_per_s"]) > 0
+    assert found["images_per_s"] == pytest.approx(3 / found["s"])  # all three validation images
+
+
 def test_flops_are_those_of_the_layers():
     linear = torch.nn.Linear(30, 20)
     assert count_flops(lambda: linear(torch.rand(7, 30))) == 2 * 7 * 30 * 20

@@ -19,10 +19,21 @@ def test_a_batch_needs_no_padding_and_keeps_its_type():
     assert nested.tensors is batch and not nested.mask.any()
 
 
-@pytest.mark.parametrize("wrong", [[torch.zeros(4, 5)], torch.zeros(3, 4, 5)])
-def test_other_dimensions_are_refused(wrong):
+@pytest.mark.parametrize("wrong", [
+    [torch.zeros(4, 5)], torch.zeros(3, 4, 5), [torch.zeros(3, 4, 5), torch.zeros(1, 4, 5)],
+    [torch.zeros(3, 4, 5), torch.zeros(3, 4, 5, dtype=torch.uint8)],
+])  # fmt: skip
+def test_other_images_are_refused(wrong):
     with pytest.raises(ValueError, match="C, H, W"):
         nested_tensor_from_tensor_list(wrong)
+
+
+def test_channels_are_innermost_and_gradients_pass():
+    images = [torch.ones(3, 2, 2, requires_grad=True), torch.ones(3, 1, 3)]
+    tensors, _ = nested_tensor_from_tensor_list(images).decompose()
+    assert tensors.is_contiguous(memory_format=torch.channels_last)
+    tensors.sum().backward()
+    assert images[0].grad.sum() == 3 * 2 * 2
 
 
 def test_collate_and_move():

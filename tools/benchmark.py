@@ -5,6 +5,7 @@ python tools/benchmark.py forward --batch 1 4 16 --precision float32 bf16 --comp
 python tools/benchmark.py train --peer ../other-detr                   # another tree with the same contract
 python tools/benchmark.py cost --output bench                          # cost against batch, size and queries: a plot
 python tools/benchmark.py loader --coco_path /data/coco                # against PIL and float tensors, one thread
+python tools/benchmark.py feed predict --coco_path /data/coco          # images a second: to training, and to boxes
 python tools/benchmark.py index evaluator                              # against pycocotools
 
 Calls of both sides alternate, so that a noisy machine is noisy for both. Times are medians; spread is from quartile to
@@ -27,7 +28,7 @@ from tools.benchmark_sides import Ours, Transformers, load_tree
 from tools.gauges import machine
 
 NETWORK = ("forward", "train", "split", "criterion", "syncs", "graphs", "cost")
-DATA = ("loader", "index", "evaluator")
+DATA = ("loader", "feed", "predict", "index", "evaluator")
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -46,8 +47,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--rounds", type=int, default=5, help="timed calls of each side")
     add("--peer", help="transformers, or the folder of another tree with DETR's contract")
     add("--peer_precision", choices=("float32", "tf32", "bf16", "fp16"), help="precision of the peer, if another one")
-    add("--coco_path", help="data in COCO's layout, for loader")
-    add("--passes", type=int, default=1, help="times over the images, for loader")
+    add("--coco_path", help="data in COCO's layout, for loader, feed and predict")
+    add("--passes", type=int, default=1, help="times over the images, for loader and feed")
+    add("--workers", nargs="+", type=int, default=[0, 1, 2], help="data loading processes, for feed")
     add("--output", help="folder for benchmark.json, benchmark.md and the plot of `cost`")
     add("--tree", help=argparse.SUPPRESS)  # how a folder given as --peer is run, in a process of its own
     options = parser.parse_args(argv)

@@ -1,10 +1,12 @@
-"""What tools/benchmark.py measures of the data: loading images, reading annotations, judging predictions."""
+"""What tools/benchmark.py measures around the network: images, annotations, predictions and their judging."""
 
 import contextlib
 import io
+import itertools
 import json
 import multiprocessing
 import random
+import statistics
 import tempfile
 import time
 from collections.abc import Iterator
@@ -14,12 +16,17 @@ import torch
 from PIL import Image
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
+from torch.utils.data import DataLoader
 
 import datasets.transforms as T
+import engine
 from datasets import coco
 from datasets.coco_eval import CocoEvaluator
 from datasets.coco_index import read_coco_index
+from main import build_train_loader, get_args_parser
+from models.detr import PostProcess
 from tools.gauges import most_held, start_counting, summary, timed
+from tools.predictor import Predictor
 
 IMAGES, ANNOTATIONS = 118_287, 860_001  # of COCO's train2017
 SCENES = (5000, 7, 100)  # images, objects and detections in each, as in val2017
@@ -27,8 +34,7 @@ SCENES = (5000, 7, 100)  # images, objects and detections in each, as in val2017
 
 def measure_loader(options, _side: type, _peer: type | None) -> Iterator[dict]:
     """Processor time of an image in one thread, beside the plain way's, over the same images and random draws."""
-    if not Path(options.coco_path or "").joinpath("annotations").is_dir():
-        raise SystemExit(f"loader reads real images in COCO's layout, and --coco_path is {options.coco_path}")
+    need_images(options)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     for image_set in ("train", "val"):
@@ -62,6 +68,53 @@ def plain_way(image_set: str) -> T.Compose:
     """Build the same transforms on PIL images, then float tensors, normalised: what most detection code does."""
     published = coco.make_coco_transforms(image_set).transforms[:-2]
     return T.Compose([*published, T.ToTensor(), T.Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])])
+
+
+def measure_feed(options, _side: type, _peer: type | None) -> Iterator[dict]:
+    """Images a second that main.py's training loader gives to a consumer that does nothing."""
+    need_images(options)
+    dataset, device = coco.build("train", options.coco_path), torch.device(options.device)
+    for batch, workers in itertools.product(options.batch, options.workers):
+        flags = f"--batch_size {batch} --num_workers {workers}".split()
+        loader = build_train_loader(dataset, get_args_parser().parse_args(flags), device)
+        rates = [feed(loader, epoch) for epoch in range(1 + options.passes)][1:]  # in the first the workers start
+        yield {"batch": batch, "workers": workers, "images_per_s": statistics.median(rates)}
+
+
+def feed(loader: DataLoader, epoch: int) -> float:
+    """Go through an epoch; return images a second."""
+    loader.dataset.set_epoch(epoch)
+    begin = time.perf_counter()
+    images = sum(len(targets) for _, targets in loader)
+    return images / (time.perf_counter() - begin)
+
+
+def measure_predict(options, side: type, _peer: type | None) -> Iterator[dict]:
+    """Images a second from file to detections, by tools.predictor, at the shortest side of --size."""
+    need_images(options)
+    paths = sorted(Path(options.coco_path).glob("val2017/*"))[: 4 * max(options.batch)]
+    compiled = (None, "any") if options.compile else (None,)
+    ways = itertools.product(options.models, options.precision, compiled, options.batch)
+    for name, precision, compile_it, batch in ways:
+        torch._dynamo.reset()
+        engine.allow_tf32(precision == "tf32")
+        model = side(name, options.queries, options.device).model
+        predictor = Predictor(model, {"bbox": PostProcess()}, {}, min(options.size[0]), device=options.device)
+        predictor.faster(compile_it, precision if precision in engine.AMP_TYPES else None)
+
+        def call(predictor=predictor, batch=batch):
+            for start in range(0, len(paths), batch):
+                predictor.many(paths[start : start + batch])
+
+        (figures,) = timed([call], options.rounds, options.device)
+        row = {"model": name, "precision": precision, "compiled": bool(compile_it), "batch": batch, **figures}
+        yield row | {"images_per_s": len(paths) / row["s"]}
+
+
+def need_images(options) -> None:
+    """End with a sentence if there is no data in COCO's layout."""
+    if not Path(options.coco_path or "").joinpath("annotations").is_dir():
+        raise SystemExit(f"this reads real images in COCO's layout, and --coco_path is {options.coco_path}")
 
 
 def measure_index(_options, _side: type, _peer: type | None) -> Iterator[dict]:

@@ -3,7 +3,6 @@
 from typing import Optional
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -43,7 +42,7 @@ def nested_tensor_from_tensor_list(tensor_list: list[Tensor]) -> NestedTensor:
     """Pad images [C, h, w] with zeros to their common height and width.
 
     Takes a list of 3-D tensors, or (outside TorchScript) a 4-D tensor, whose images need no padding.
-    Raises ValueError if an image is not 3-D.
+    Raises ValueError if an image is not 3-D, or unlike the others in channels or dtype.
     """
     if not torch.jit.is_scripting():
         if isinstance(tensor_list, Tensor):
@@ -54,20 +53,22 @@ def nested_tensor_from_tensor_list(tensor_list: list[Tensor]) -> NestedTensor:
                 (images.shape[0], images.shape[2], images.shape[3]), dtype=torch.bool, device=images.device
             )
             return NestedTensor(images, mask)
-    height, width = 0, 0
+    first, height, width = tensor_list[0], 0, 0
     for image in tensor_list:
-        if image.dim() != 3:
-            raise ValueError(f"expected images [C, H, W], got one of {image.dim()} dimensions")
+        if image.dim() != 3 or image.shape[0] != first.shape[0] or image.dtype != first.dtype:
+            raise ValueError(
+                f"expected images [C, H, W] of one C and dtype, got {first.shape}, {first.dtype} and "
+                f"{image.shape}, {image.dtype}"
+            )
         height, width = max(height, image.shape[1]), max(width, image.shape[2])
-    padded: list[Tensor] = []
-    masks: list[Tensor] = []
-    for image in tensor_list:
-        h, w = image.shape[1], image.shape[2]
-        padding = [0, width - w, 0, height - h]
-        padded.append(F.pad(image, padding))
-        valid = torch.ones((h, w), dtype=torch.bool, device=image.device)
-        masks.append(~F.pad(valid, padding))
-    return NestedTensor(torch.stack(padded), torch.stack(masks))
+    size, device = [len(tensor_list), first.shape[0], height, width], first.device
+    # Channels innermost, as decoded images have them and convolutions want them: the one copy is of whole rows.
+    padded = torch.empty(size, dtype=first.dtype, device=device, memory_format=torch.channels_last).zero_()
+    mask = torch.ones([size[0], height, width], dtype=torch.bool, device=device)
+    for i, image in enumerate(tensor_list):
+        padded[i, :, : image.shape[1], : image.shape[2]].copy_(image)
+        mask[i, : image.shape[1], : image.shape[2]] = False
+    return NestedTensor(padded, mask)
 
 
 def collate_fn(batch: list) -> tuple:
