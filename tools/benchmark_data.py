@@ -27,41 +27,53 @@ from main import build_train_loader, get_args_parser
 from models.detr import PostProcess
 from tools.gauges import most_held, start_counting, summary, timed
 from tools.predictor import Predictor
+from util.nested_tensor import collate_fn
 
 IMAGES, ANNOTATIONS = 118_287, 860_001  # of COCO's train2017
 SCENES = (5000, 7, 100)  # images, objects and detections in each, as in val2017
 
 
 def measure_loader(options, _side: type, _peer: type | None) -> Iterator[dict]:
-    """Processor time of an image in one thread, beside the plain way's, over the same images and random draws."""
+    """Processor time of an image, in batches of two and one thread, beside the plain way's; same images, same draws."""
     need_images(options)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     for image_set in ("train", "val"):
         held = start_counting("cpu")
         fast, slow = load_both_ways(image_set, options.coco_path, options.passes)
-        yield {"images": f"{len(fast)} {image_set}", **summary(fast), "peak_gb": most_held("cpu") - held,
+        yield {"images": f"{2 * len(fast)} {image_set}", **summary(fast), "peak_gb": most_held("cpu") - held,
                "plain_s": summary(slow)["s"], "ratio": sum(slow) / sum(fast)}  # fmt: skip
     torch.set_num_threads(threads)
 
 
 def load_both_ways(image_set: str, root: str, passes: int) -> tuple[list[float], list[float]]:
-    """Return the seconds of each image, here and the plain way."""
+    """Load batches of two; return the seconds an image of each takes, here and the plain way."""
     dataset, plain = coco.build(image_set, root), plain_way(image_set)
+    paths = [dataset.img_folder / str(name) for name in dataset.index.file_names]
+    targets = [dataset._target(i, *dataset.sizes[i]) for i in range(len(dataset))]
     fast, slow = [], []
-    for n in range(passes):
+    for n, first in itertools.product(range(passes), range(0, len(dataset) - 1, 2)):
         dataset.set_epoch(n)
-        for i in range(len(dataset)):
-            path = dataset.img_folder / str(dataset.index.file_names[i])
-            target = dataset._target(i, *dataset.sizes[i])
-            begin = time.process_time()
+        begin, images = time.process_time(), []
+        for i in (first, first + 1):
             with T.seeded(dataset.seed, n, i):
-                plain(Image.open(path).convert("RGB"), target)
-            middle = time.process_time()
-            dataset[i]
-            slow.append(middle - begin)
-            fast.append(time.process_time() - middle)
+                images.append(plain(Image.open(paths[i]).convert("RGB"), targets[i])[0])
+        plain_batch(images)
+        middle = time.process_time()
+        collate_fn([dataset[first], dataset[first + 1]])
+        slow.append((middle - begin) / 2)
+        fast.append((time.process_time() - middle) / 2)
     return fast, slow
+
+
+def plain_batch(images: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Pad images [3, h, w] to a common size, and mark the padding: what most detection code does."""
+    height, width = (max(image.shape[side] for image in images) for side in (1, 2))
+    padded, mask = torch.zeros(len(images), 3, height, width), torch.ones(len(images), height, width).bool()
+    for image, place, padding in zip(images, padded, mask, strict=True):
+        place[:, : image.shape[1], : image.shape[2]] = image
+        padding[: image.shape[1], : image.shape[2]] = False
+    return padded, mask
 
 
 def plain_way(image_set: str) -> T.Compose:
