@@ -100,6 +100,16 @@ def test_a_batch_of_images_gives_what_each_gives_alone(coco_root, checkpoint, tm
     assert [(r["image_id"], r["category_id"]) for r in one] == [(r["image_id"], r["category_id"]) for r in two]
 
 
+def test_without_pictures_and_with_workers_the_numbers_are_the_same(coco_root, checkpoint, tmp_path):
+    (coco_root / "val2017" / "!first.jpg").write_text("no image")
+    flags = (coco_root / "val2017", "--checkpoint", checkpoint, "--threshold", 0, "--batch_size", 2)
+    assert run(*flags, "--output", tmp_path / "a") == 1
+    assert run(*flags, "--output", tmp_path / "b", "--show", "none", "--num_workers", 1) == 1
+    plain, fast = (json.loads((tmp_path / name / "predictions.json").read_text()) for name in "ab")
+    assert plain == fast and len(fast) == 3 * 8
+    assert [path.name for path in (tmp_path / "b").iterdir()] == ["predictions.json"]
+
+
 def test_the_faster_ways_find_the_same(coco_root, checkpoint, monkeypatch):
     image = next((coco_root / "val2017").iterdir())
     plain, fast = Predictor.from_checkpoint(checkpoint, "cpu"), Predictor.from_checkpoint(checkpoint, "cpu")

@@ -17,13 +17,15 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from datasets.coco_index import read_coco_index
-from datasets.images import read_image, to_rgb
+from datasets.images import to_rgb
 from engine import allow_tf32
-from tools.predictor import HUB_NAMES, Found, Predictor
+from tools.predictor import HUB_NAMES, Found, Predictor, as_tensor
 from util.draw import fit
 from util.tool import exit_status
 
@@ -31,6 +33,7 @@ SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif"}
 THUMBNAIL = 360  # pixels of a picture's longer side on the page
 
 
+# fmt: off
 def get_args_parser() -> argparse.ArgumentParser:
     """Declare the flags."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -40,25 +43,23 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--model", choices=HUB_NAMES, help="a published model: for its weights, or for a file that names no model")
     add("--annotations", help="COCO file with the class names, and the image ids for the result file")
     add("--threshold", type=float, help="lowest score that counts (default: 0.5; panoptic segments 0.85)")
-    add("--show", choices=("boxes", "masks", "panoptic"), help="what to draw (default: all that the model finds)")
+    add("--show", choices=("boxes", "masks", "panoptic", "none"),
+        help="what to draw (default: all that the model finds); none: only the result files, for speed")
     add("--output", default="predictions", help="folder to write (default: predictions)")
     add("--device", default="cuda", help="device to run on; without a GPU the CPU is used")
     add("--min_size", type=int, help="shortest side as the model sees it (default: as it was evaluated)")
     add("--max_size", type=int, help="longest side at most (default: as it was evaluated)")
     add("--batch_size", type=int, default=1, help="images that go through the network together")
-    add(
-        "--compile",
-        nargs="?",
-        const="any",
-        choices=("any", "fixed"),
-        help="compile the network, for many images; fixed: for images of few sizes (CUDA graphs on a GPU)",
-    )
+    add("--num_workers", type=int, default=0, help="processes that read images ahead, for many images")
+    add("--compile", nargs="?", const="any", choices=("any", "fixed"),
+        help="compile the network, for many images; fixed: for images of few sizes (CUDA graphs on a GPU)")
     add("--amp", choices=("bf16", "fp16"), help="half precision in the network")
     add("--tf32", action="store_true", help="let float32 products on a GPU round their inputs to TF32")
     add("--upright", action="store_true", help="turn photographs as their EXIF tag says (training never does)")
     return parser
 
 
+# fmt: on
 def find_images(inputs: Sequence[str]) -> list[Path]:
     """Expand files, folders and globs. Raises FileNotFoundError or ValueError for one that gives no image."""
     paths = []
@@ -158,15 +159,17 @@ class Folder:
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
-        (self.path / "pictures").mkdir(parents=True, exist_ok=True)
+        self.path.mkdir(parents=True, exist_ok=True)
         self.figures, self.records, self.panoptic, self.names = [], [], [], Counter()
 
-    def add(self, path: Path, image_id: int, found: Found, picture: Image.Image, text: str) -> None:
-        """Write one picture and remember the rest. Two images of one name become name and name_2."""
+    def add(self, path: Path, image_id: int, found: Found, picture: Image.Image | None, text: str) -> None:
+        """Write one picture, if there is one, and remember the rest. Two images of one name become name and name_2."""
         self.names[path.stem] += 1
         stem = path.stem + (f"_{self.names[path.stem]}" if self.names[path.stem] > 1 else "")
-        picture.save(self.path / "pictures" / f"{stem}.jpg", quality=92)
-        self.figures.append(figure(picture, path.name, text))
+        if picture is not None:
+            (self.path / "pictures").mkdir(exist_ok=True)
+            picture.save(self.path / "pictures" / f"{stem}.jpg", quality=92)
+            self.figures.append(figure(picture, path.name, text))
         self.records += coco_records(found, image_id, path)
         if found.segments is not None:
             (self.path / "panoptic").mkdir(exist_ok=True)
@@ -179,7 +182,8 @@ class Folder:
         (self.path / "predictions.json").write_text(json.dumps(self.records))
         if self.panoptic:
             (self.path / "panoptic.json").write_text(json.dumps({"annotations": self.panoptic}))
-        (self.path / "sheet.html").write_text(page(self.figures, title), encoding="utf-8")
+        if self.figures:
+            (self.path / "sheet.html").write_text(page(self.figures, title), encoding="utf-8")
 
 
 def load_predictor(checkpoint: str | None, model: str | None, annotations: str | None, device: str) -> Predictor:
@@ -192,20 +196,31 @@ def load_predictor(checkpoint: str | None, model: str | None, annotations: str |
     return Predictor.from_checkpoint(checkpoint, device, names)
 
 
-def walk(
-    predictor: Predictor, entries: Sequence[tuple[Path, int]], batch_size: int, upright: bool, threshold: float | None
-) -> Iterator[tuple[Path, int, Found | None]]:
+class Pictures(Dataset):
+    """Image files, read: an item is (path, image id, uint8 RGB [3, H, W] or the sentence that says why not)."""
+
+    def __init__(self, paths: Sequence[Path], ids: Sequence[int], upright: bool):
+        self.paths, self.ids, self.upright = paths, ids, upright
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, i: int) -> tuple[Path, int, Tensor | str]:
+        try:
+            image = as_tensor(turned(self.paths[i]) if self.upright else self.paths[i])
+        except (OSError, ValueError, SyntaxError) as error:
+            image = str(error)
+        return self.paths[i], self.ids[i], image
+
+
+def walk(predictor: Predictor, loader: DataLoader, threshold: float | None) -> Iterator[tuple[Path, int, Found | None]]:
     """Predict batch by batch; an image that cannot be read is told of, and comes with None."""
-    for start in range(0, len(entries), batch_size):
-        batch, pictures = entries[start : start + batch_size], {}
-        for path, _ in batch:
-            try:
-                pictures[path] = turned(path) if upright else read_image(path)
-            except (OSError, ValueError, SyntaxError) as error:
-                tqdm.write(f"error: {error}", file=sys.stderr)
-        answers = dict(zip(pictures, predictor.many(list(pictures.values()), threshold), strict=True))
-        for path, image_id in batch:
-            yield path, image_id, answers.get(path)
+    for batch in loader:
+        answers = iter(predictor.many([image for *_, image in batch if isinstance(image, Tensor)], threshold))
+        for path, image_id, image in batch:
+            if isinstance(image, str):
+                tqdm.write(f"error: {image}", file=sys.stderr)
+            yield path, image_id, next(answers) if isinstance(image, Tensor) else None
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -227,18 +242,21 @@ def main(argv: list[str] | None = None) -> int:
     width = min(max(len(path.name) for path in paths), 40)
     print(f"{'image':{width}}  objects  what")
     counts, failed = Counter(), 0
-    found_in = walk(predictor, list(zip(paths, ids, strict=True)), args.batch_size, args.upright, args.threshold)
-    for path, image_id, found in tqdm(found_in, total=len(paths), disable=None, leave=False):
+    pictures = Pictures(paths, ids, args.upright)
+    loader = DataLoader(pictures, args.batch_size, collate_fn=list, num_workers=args.num_workers)
+    answers = walk(predictor, loader, args.threshold)
+    for path, image_id, found in tqdm(answers, total=len(paths), disable=None, leave=False):
         if found is None:
             failed += 1
             continue
         text = summary(found)
-        folder.add(path, image_id, found, found.draw(args.show), text)
+        folder.add(path, image_id, found, None if args.show == "none" else found.draw(args.show), text)
         counts.update(found.name(label) for label in found.labels.tolist())
         tqdm.write(f"{path.name:{width}}  {len(found):7}  {text}", file=sys.stdout)
-    folder.close(f"{len(folder.figures)} images, {counts.total()} objects")
+    folder.close(f"{len(paths) - failed} images, {counts.total()} objects")
     print("all: " + (", ".join(f"{n} {name}" for name, n in counts.most_common()) or "nothing found"))
-    print(f"written: {folder.path}/pictures, predictions.json, sheet.html" + ", panoptic" * bool(folder.panoptic))
+    kinds = ", pictures, sheet.html" * bool(folder.figures) + ", panoptic" * bool(folder.panoptic)
+    print(f"written: {folder.path}/predictions.json{kinds}")
     return 1 if failed else 0
 
 
