@@ -106,7 +106,7 @@ def test_without_pictures_and_with_workers_the_numbers_are_the_same(coco_root, c
     assert run(*flags, "--output", tmp_path / "a") == 1
     assert run(*flags, "--output", tmp_path / "b", "--show", "none", "--num_workers", 1) == 1
     plain, fast = (json.loads((tmp_path / name / "predictions.json").read_text()) for name in "ab")
-    assert plain == fast and len(fast) == 3 * 8
+    assert plain == fast and len(fast) == 3 * 8 and "!first.jpg" not in {record["file_name"] for record in fast}
     assert [path.name for path in (tmp_path / "b").iterdir()] == ["predictions.json"]
 
 
