@@ -330,7 +330,7 @@ def build_run(args, model: nn.Module, train_set: Dataset) -> Run:
     ]
     optimizer = torch.optim.AdamW(groups, lr=args.lr, weight_decay=args.weight_decay, fused=True)
     lr_scheduler = torch.optim.lr_scheduler.StepLR(optimizer, args.lr_drop)
-    scaler = torch.amp.GradScaler(enabled=args.amp == "fp16")
+    scaler = torch.amp.GradScaler(next(model.parameters()).device.type, enabled=args.amp == "fp16")
     return Run(model, optimizer, lr_scheduler, scaler, args, train_set.class_names, args.start_epoch)
 
 

@@ -1,10 +1,12 @@
 import math
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 
+import main
 from engine import evaluate, train_one_epoch
 from models import build_model
 from tests.conftest import parse
@@ -111,6 +113,19 @@ def test_bf16_runs_the_network_in_half_and_the_loss_in_float():
     model.bbox_embed.register_forward_hook(lambda module, args, out: seen.append(out.dtype))
     stats = train_one_epoch(model, criterion, [batch()], optimizer, torch.device("cpu"), 0, amp="bf16")
     assert seen == [torch.bfloat16, torch.float32] and math.isfinite(stats["loss"])
+
+
+def test_fp16_scales_its_loss_and_leaves_out_steps_that_overflow():
+    model, criterion, _, _ = parts("--backbone_norm batch")
+    run = main.build_run(parse("--amp fp16"), model, SimpleNamespace(class_names={}))
+    assert run.scaler.is_enabled()
+    weights, options = [model.class_embed.weight.clone()], {"amp": "fp16", "scaler": run.scaler}
+    for scale in (2.0**16, 2.0**7):
+        run.scaler.load_state_dict({**run.scaler.state_dict(), "scale": scale})
+        train_one_epoch(model, criterion, [batch(1)], run.optimizer, torch.device("cpu"), 0, **options)
+        weights.append(model.class_embed.weight.clone())
+    assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[1], weights[2])
+    assert run.scaler.get_scale() == 2**7 and weights[2].isfinite().all()
 
 
 def test_a_batch_without_objects_trains():
