@@ -20,5 +20,6 @@ def strike(x: Tensor, p: float) -> Tensor:
     Each word of 64 random bits, from PyTorch's default generator, decides four entries.
     """
     words = torch.randint(-(2**63), 2**63 - 1, (-(-x.numel() // 4),))
-    struck = words.view(torch.int16)[: x.numel()] < round(p * 2**16) - 2**15
-    return x.masked_fill(struck.view(x.shape), 0.0)
+    drawn = words.view(torch.int16)[: x.numel()].view(x.shape)
+    # Compared straight into x's type: products of equal types are several times as fast as masked_fill.
+    return x * torch.ge(drawn, round(p * 2**16) - 2**15, out=torch.empty_like(x))
