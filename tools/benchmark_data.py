@@ -129,18 +129,32 @@ def need_images(options) -> None:
         raise SystemExit(f"this reads real images in COCO's layout, and --coco_path is {options.coco_path}")
 
 
-def measure_index(_options, _side: type, _peer: type | None) -> Iterator[dict]:
-    """Load a train2017-sized file, each way in a process of its own; then touch every image in a forked worker."""
+def measure_index(options, _side: type, _peer: type | None) -> Iterator[dict]:
+    """Load a train2017-sized file, each time in a process of its own; then touch every image in a forked worker.
+
+    `s` is the median of the rounds; `held_gb` is kept after loading, `peak_gb` the most on the way there.
+    """
     spawn = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "instances_train2017.json"
         write_annotations(path)
-        for kind in ("pycocotools", "arrays"):
+        rounds = {"pycocotools": [], "arrays": []}
+        for kind in list(rounds) * options.rounds:
             results = spawn.SimpleQueue()
             process = spawn.Process(target=_load_and_touch, args=(kind, str(path), results))
             process.start()
             process.join()
-            yield {"index": kind, "json_mb": path.stat().st_size / 1e6} | results.get()
+            if process.exitcode:
+                raise SystemExit(f"index: the process that read it by way of {kind} ended with {process.exitcode}")
+            rounds[kind].append(results.get())
+        for kind, loads in rounds.items():
+            memory = {name: statistics.median(load[name] for load in loads) for name in loads[0] if name != "s"}
+            yield {
+                "index": kind,
+                "json_mb": path.stat().st_size / 1e6,
+                **summary([load["s"] for load in loads]),
+                **memory,
+            }
 
 
 def write_annotations(path: Path) -> None:
@@ -170,7 +184,7 @@ def private_memory() -> float:
 
 
 def _load_and_touch(kind: str, path: str, results) -> None:
-    before, begin = private_memory(), time.perf_counter()
+    before, floor, begin = private_memory(), start_counting("cpu"), time.perf_counter()
     if kind == "arrays":
         index = read_coco_index(path)
 
@@ -186,7 +200,8 @@ def _load_and_touch(kind: str, path: str, results) -> None:
         def touch(i: int):
             return [annotation["bbox"] for annotation in api.imgToAnns[i]]
 
-    seconds, loaded = time.perf_counter() - begin, private_memory() - before
+    loaded = {"s": time.perf_counter() - begin, "held_gb": private_memory() - before}
+    loaded["peak_gb"] = most_held("cpu") - floor
     grown = multiprocessing.get_context("fork").SimpleQueue()
 
     def worker() -> None:
@@ -198,7 +213,7 @@ def _load_and_touch(kind: str, path: str, results) -> None:
     process = multiprocessing.get_context("fork").Process(target=worker)
     process.start()
     process.join()
-    results.put({"s": seconds, "held_gb": loaded, "worker_grows_gb": grown.get()})
+    results.put(loaded | {"worker_grows_gb": grown.get()})
 
 
 def measure_evaluator(options, _side: type, _peer: type | None) -> Iterator[dict]:

@@ -89,10 +89,11 @@ def peak_flops(device: str, dtype: torch.dtype) -> float:
 
 
 def machine(device: str) -> str:
-    """Name the hardware."""
+    """Name the hardware; of a CPU also whether it has AMX, on which the speed of bf16 hangs."""
     if device.startswith("cuda"):
         return torch.cuda.get_device_name()
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    return f"{names[0] if names else 'CPU'}, {os.cpu_count()} cores"
+    amx = ", AMX" * any("amx_bf16" in line.split() for line in lines)
+    return f"{names[0] if names else 'CPU'}, {os.cpu_count()} cores{amx}"
