@@ -50,6 +50,7 @@ def train_one_epoch(
     metrics.add_meter("class_error", SmoothedValue(window_size=1, fmt="{value:.2f}"))
     metrics.add_sums(sums or {})
     batches = len(data_loader)
+    optimizer.zero_grad()
     rows = metrics.log_every(data_loader, print_freq, f"Epoch: [{epoch}]", start=done, in_step=True)
     for step, (samples, targets) in enumerate(rows):
         ids = [int(target["image_id"]) for target in targets if "image_id" in target]
@@ -111,10 +112,12 @@ def evaluate(
     metrics = MetricLogger()
     metrics.add_meter("class_error", SmoothedValue(window_size=1, fmt="{value:.2f}"))
     evaluator = CocoEvaluator(base_ds, [name for name in ("segm", "bbox") if name in postprocessors], coco_backend)
+    with_masks = bool(postprocessors.keys() & {"segm", "panoptic"})
     panoptic = panoptic_evaluator(data_loader, output_dir) if "panoptic" in postprocessors else None
     for samples, targets in metrics.log_every(data_loader, print_freq, "Test:"):
         ids = [int(target["image_id"]) for target in targets]
-        original_sizes, sizes = (torch.stack([target[name] for target in targets]) for name in ("orig_size", "size"))
+        original_sizes = torch.stack([target["orig_size"] for target in targets])
+        sizes = torch.stack([target["size"] for target in targets]) if with_masks else original_sizes
         samples = samples.to(device, non_blocking=True)
         targets = to_device(targets, device)
         with autocast(device, amp):
@@ -195,7 +198,7 @@ def loss_values(losses: dict[str, Tensor], weight_dict: dict[str, float]) -> dic
 
     `loss` is the weighted sum, `loss_ce` and so on its weighted parts, `*_unscaled` all values as they were given.
     """
-    numbers = torch.stack([value.detach().float() for value in losses.values()]).tolist()
+    numbers = torch.stack([value.detach().float().mean() for value in losses.values()]).tolist()
     raw = dict(zip(losses, numbers, strict=True))
     weighted = {name: raw[name] * weight for name, weight in weight_dict.items() if name in raw}
     values = {"loss": sum(weighted.values()), **weighted, **{f"{name}_unscaled": value for name, value in raw.items()}}

@@ -19,7 +19,7 @@ from models.detr import DETR, PostProcess
 from models.position_encoding import PositionEmbeddingSine
 from models.segmentation import DETRsegm, PostProcessPanoptic
 from models.transformer import Transformer
-from util.checkpoint import load_checkpoint, load_model
+from util.checkpoint import count_classes, load_checkpoint, load_model
 from util.finetune import finetune
 from util.logger import logger
 
@@ -115,13 +115,7 @@ def _load(model: nn.Module, file: str, pretrained) -> None:
         if pretrained is True:
             raise OSError(f"{error}: pretrained='path/to/{file}' instead of pretrained=True") from error
         raise
-    if _classes(state["model"]) == _classes(model.state_dict()):
+    if count_classes(state["model"]) == count_classes(model.state_dict()):
         load_model(model, state, source)
     else:
         logger.info("\n  ".join(finetune(model, state["model"], source)))
-
-
-def _classes(state: dict) -> int | None:
-    """Rows of the class head: classes and "no object"."""
-    heads = [value for name, value in state.items() if name.endswith("class_embed.bias")]
-    return len(heads[0]) if heads else None

@@ -28,7 +28,7 @@ from datasets.coco_eval import CocoEvaluator, curves
 from datasets.transforms import resized_size
 from engine import allow_tf32, compile_network, evaluate, train_one_epoch
 from models import build_model
-from util.checkpoint import load_checkpoint, load_model, newest_checkpoint, save_checkpoint
+from util.checkpoint import count_classes, load_checkpoint, load_model, newest_checkpoint, save_checkpoint
 from util.dist import (
     ProcessInfo,
     from_main,
@@ -44,7 +44,10 @@ from util.logger import MetricLogger, logger
 from util.misc import get_sha
 from util.nested_tensor import collate_fn
 from util.plot_utils import draw_curves
-from util.run import Run
+from util.run import Run, changed_flags
+
+# Flags that change the network, but not the shape of any weight.
+SHAPELESS = ("dilation", "nheads", "position_embedding", "pre_norm")
 
 
 # fmt: off
@@ -160,7 +163,13 @@ def check_flags(args) -> None:
     """Raise ValueError for values, or combinations of them, that cannot be what was meant."""
     refusals = [
         (args.frozen_weights and not args.masks, "--frozen_weights trains a mask head on a frozen model: add --masks"),
-        (args.hidden_dim % args.nheads, f"--hidden_dim {args.hidden_dim} cannot be split into --nheads {args.nheads}"),
+        (args.nheads < 1 or args.hidden_dim % args.nheads,
+            f"--hidden_dim {args.hidden_dim} cannot be split into --nheads {args.nheads}"),
+        (min(args.enc_layers, args.start_epoch) < 0, "--enc_layers and --start_epoch: 0 or more"),
+        (min(args.lr, args.lr_backbone, args.eos_coef) < 0, "--lr, --lr_backbone and --eos_coef: 0 or more"),
+        (args.min_size < 1, f"--min_size {args.min_size}: at least 1"),
+        (args.print_freq < 1, f"--print_freq {args.print_freq}: at least 1"),
+        (args.num_classes is not None and args.num_classes < 1, f"--num_classes {args.num_classes}: at least 1"),
         (args.hidden_dim % 4, f"--hidden_dim {args.hidden_dim}: positions need a multiple of 4"),
         (not 0 <= args.dropout < 1, f"--dropout {args.dropout}: at least 0, and below 1"),
         (args.num_queries < 1, f"--num_queries {args.num_queries}: at least 1"),
@@ -175,7 +184,7 @@ def check_flags(args) -> None:
         (args.finetune and args.resume not in ("", "auto"), "--finetune begins a run, --resume goes on: choose one"),
         (args.finetune and args.frozen_weights, "--finetune and --frozen_weights both bring weights: choose one"),
         (args.finetune and args.eval, "--finetune is for training; --eval takes a whole model: use --resume"),
-        (args.eval and args.frozen_weights, "--eval takes a whole model: use --resume, not --frozen_weights"),
+        (args.eval and args.frozen_weights and not args.resume, "--eval takes a whole model: give --resume"),
         (args.backbone_norm == "batch" and not args.lr_backbone, "--backbone_norm batch trains: --lr_backbone is 0"),
     ]  # fmt: skip
     for wrong, why in refusals:
@@ -185,7 +194,11 @@ def check_flags(args) -> None:
 
 @record
 def main(args) -> None:
-    """Run what the flags say. Raises ValueError or FileNotFoundError for flags and files that cannot be used."""
+    """Run what the flags say; those that `args` lacks have their defaults.
+
+    Raises ValueError or FileNotFoundError for flags and files that cannot be used.
+    """
+    args = argparse.Namespace(**{**vars(get_args_parser().parse_args([])), **vars(args)})
     check_flags(args)
     with process_group(args.device, args.dist_url) as processes:
         run_process(args, processes)
@@ -202,6 +215,9 @@ def run_process(args, processes: ProcessInfo) -> None:
     if output_dir:
         output_dir.mkdir(parents=True, exist_ok=True)
 
+    resume = from_main(lambda: newest_checkpoint(output_dir)) if args.resume == "auto" else args.resume
+    checkpoint = load_checkpoint(resume) if resume else None
+    args.num_classes = args.num_classes or (checkpoint and count_classes(checkpoint["model"]))
     train_set = None if args.eval else build_dataset("train", args)
     args.num_classes = args.num_classes or (train_set and train_set.num_classes)
     val_set = build_dataset("val", args)
@@ -210,8 +226,7 @@ def run_process(args, processes: ProcessInfo) -> None:
     val_loader = build_val_loader(val_set, args, device)
     base_ds = get_coco_api_from_dataset(val_set) if is_main_process() else None
 
-    resume = from_main(lambda: newest_checkpoint(output_dir)) if args.resume == "auto" else args.resume
-    model, criterion, postprocessors, checkpoint = build_parts(args, device, resume)
+    model, criterion, postprocessors = build_parts(args, device, checkpoint, str(resume))
 
     judge = partial(
         evaluate, model, criterion, postprocessors, val_loader, base_ds, device, args.output_dir,
@@ -295,9 +310,8 @@ def finish_epoch(
         )  # fmt: skip
 
 
-def build_parts(args, device: torch.device, resume: str | Path | None) -> tuple:
-    """Build model, criterion and post-processors on the device; with `resume`, load its weights, return its state."""
-    checkpoint = load_checkpoint(resume) if resume else None
+def build_parts(args, device: torch.device, checkpoint: dict | None = None, name: str = "") -> tuple:
+    """Build model, criterion and post-processors on the device, with the weights of a checkpoint called `name`."""
     # A run that goes on has its own weights already: what it was begun from no longer matters.
     begun_from = args.finetune or args.frozen_weights
     origin = load_checkpoint(begun_from) if begun_from and not checkpoint else None
@@ -306,8 +320,10 @@ def build_parts(args, device: torch.device, resume: str | Path | None) -> tuple:
     parts = argparse.Namespace(**{**vars(args), "backbone_weights": weights, "device": str(device)})
     model, criterion, postprocessors = build_model(parts)
     if checkpoint:
-        load_model(model, checkpoint, str(resume))
-        logger.info(f"weights from {resume}")
+        load_model(model, checkpoint, name)
+        logger.info(f"weights from {name}")
+        if other := changed_flags(args, checkpoint, SHAPELESS):
+            logger.warning(f"{name} was trained as another network: {', '.join(other.values())}")
     elif args.finetune:
         logger.info("\n  ".join(finetune(model, origin["model"], args.finetune)))
     elif args.frozen_weights:
@@ -318,7 +334,7 @@ def build_parts(args, device: torch.device, resume: str | Path | None) -> tuple:
     model.to(device)
     if args.compile:
         compile_network(model)
-    return model, criterion, postprocessors, checkpoint
+    return model, criterion, postprocessors
 
 
 def build_run(args, model: nn.Module, train_set: Dataset) -> Run:
@@ -372,7 +388,7 @@ def distribute(model: nn.Module, processes, device: torch.device) -> nn.Module:
 
 def leave_behind(output_dir: Path, run: Run, log: dict, evaluator: CocoEvaluator | None) -> None:
     """Write what an epoch leaves, its checkpoint last. Every process calls it, the main one writes."""
-    epoch, names = log["epoch"], ["checkpoint.pth"]
+    epoch, names = log["epoch"], []
     if run.epoch % run.flags.lr_drop == 0 or run.epoch % 100 == 0:
         names.append(f"checkpoint{epoch:04}.pth")
     quality = from_main(lambda: judged(log))
@@ -381,7 +397,7 @@ def leave_behind(output_dir: Path, run: Run, log: dict, evaluator: CocoEvaluator
         names.append("checkpoint_best.pth")
     if is_main_process():
         write_results(output_dir, log, evaluator)
-    run.save(output_dir, *names)
+    run.save(output_dir, *names, "checkpoint.pth")  # last: with it, the epoch counts as done
 
 
 def write_results(output_dir: Path, log: dict, evaluator: CocoEvaluator | None) -> None:
@@ -401,9 +417,19 @@ def forget_rows(log_file: Path, epoch: int) -> None:
     """Drop from a log the epochs that are about to be gone through (again): one row each is left in the end."""
     if log_file.exists():
         lines = log_file.read_text().splitlines(keepends=True)
-        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["epoch"] < epoch]
+        kept = [line for line in lines if line.endswith("\n") and _epoch_of(line) < epoch]
         if len(kept) < len(lines):
-            log_file.write_text("".join(kept))
+            draft = log_file.with_suffix(".tmp")
+            draft.write_text("".join(kept))
+            draft.replace(log_file)
+
+
+def _epoch_of(line: str) -> int:
+    """Read the epoch off a row of the log; a line that is none of ours is of no epoch, and stays."""
+    try:
+        return json.loads(line)["epoch"]
+    except (ValueError, KeyError, TypeError):
+        return -1
 
 
 def judged(log: dict) -> float:

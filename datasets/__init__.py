@@ -1,5 +1,7 @@
 """A dataset by name."""
 
+import argparse
+
 from torch.utils.data import Dataset, Subset
 
 from datasets import coco, coco_panoptic, shapes
@@ -32,15 +34,17 @@ NEW_FLAGS = {
 def build_dataset(image_set: str, args) -> Dataset:
     """Build the `train` or `val` part of the dataset that the flags describe.
 
-    `args` is any object with the data's flags as attributes; those DETR did not have may be missing. Raises ValueError
+    `args` is any object with the data's flags as attributes, or a dict of them; those DETR did not have may be missing.
+    Raises ValueError
     or FileNotFoundError for data that cannot be used.
     """
+    args = argparse.Namespace(**args) if isinstance(args, dict) else args
+    flag = {name: getattr(args, name, default) for name, default in NEW_FLAGS.items()}
     if args.dataset_file not in DATASETS:
         raise ValueError(f"no dataset {args.dataset_file!r}: --dataset_file is one of {', '.join(DATASETS)}")
-    flag = {name: getattr(args, name, default) for name, default in NEW_FLAGS.items()}
     transforms = coco.make_coco_transforms(image_set, flag["min_size"], flag["max_size"], flag["augment"])
     options = {"transforms": transforms, "num_classes": flag["num_classes"]}
-    options |= {"return_masks": args.masks, "seed": args.seed}
+    options |= {"return_masks": args.masks, "seed": getattr(args, "seed", 42)}
     if args.dataset_file.startswith("shapes"):
         counts = {"train": flag["shapes_train"], "val": flag["shapes_val"]}
         scene = (flag["shapes_size"], flag["shapes_classes"], flag["shapes_seed"])

@@ -10,7 +10,14 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 import datasets.transforms as T
-from datasets.coco_index import check_against_folder, check_classes, check_masks, read_coco_index, read_json
+from datasets.coco_index import (
+    check_against_folder,
+    check_classes,
+    check_masks,
+    check_sizes,
+    read_coco_index,
+    read_json,
+)
 from datasets.images import read_image
 from datasets.masks import decode_masks
 
@@ -18,6 +25,7 @@ from datasets.masks import decode_masks
 TRAIN_SCALES = tuple(range(480, 801, 32))
 CROP_SOURCES, CROP_SIDES = (400, 500, 600), (384, 600)
 AUGMENTS = ("full", "flip", "none")
+NOT_COUNTED = -1  # the epoch of a dataset whose loop does not count them
 
 
 class CocoDetection(Dataset):
@@ -28,8 +36,10 @@ class CocoDetection(Dataset):
     (height, width). Crowds are left out, boxes clamped to the image, and those without area dropped. With
     `return_masks` there are `masks` too, bool [T, H, W]; without, no mask is read.
 
-    Augmentation is drawn from (seed, epoch, index) alone; `set_epoch` reaches the workers too. The files are checked
-    once, here: raises FileNotFoundError or ValueError with counts and the first few culprits.
+    `transforms` take and return such a pair, with boxes x0 y0 x1 y1 in pixels; None leaves it as it was read. Once
+    `set_epoch` has been called (it reaches the workers too), augmentation is drawn from (seed, epoch, index) alone; in
+    a loop that never calls it, from Python's `random` as it comes. The files are checked once, here: raises
+    FileNotFoundError or ValueError with counts and the first few culprits.
     """
 
     def __init__(
@@ -49,7 +59,7 @@ class CocoDetection(Dataset):
         self.num_classes = num_classes or self.index.num_classes
         check_classes(self.index, self.num_classes)
         self.transforms, self.return_masks, self.seed = transforms, return_masks, seed
-        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # one number, seen by every worker
+        self._epoch = torch.tensor(NOT_COUNTED).share_memory_()  # one number, seen by every worker
 
     def set_epoch(self, epoch: int) -> None:
         """Draw the augmentation of another epoch from here on."""
@@ -62,7 +72,8 @@ class CocoDetection(Dataset):
 
     @property
     def sizes(self) -> list[tuple[int, int]]:
-        """(height, width) of each image, as the annotation file says."""
+        """(height, width) of each image, as the annotation file says; ValueError if it does not."""
+        check_sizes(self.index)
         return [tuple(size) for size in self.index.sizes.tolist()]
 
     @property
@@ -84,7 +95,8 @@ class CocoDetection(Dataset):
         target = self._target(i, *image.shape[-2:])
         if self.transforms is None:
             return image, target
-        with T.seeded(self.seed, int(self._epoch), i):
+        epoch = int(self._epoch)
+        with T.seeded(self.seed, epoch, i) if epoch != NOT_COUNTED else contextlib.nullcontext():
             return self.transforms(image, target)
 
     def _target(self, i: int, height: int, width: int) -> dict:
@@ -105,10 +117,19 @@ class CocoDetection(Dataset):
             "size": size.clone(),
         }
         if self.return_masks:
+            self._check_size(i, height, width)
             drawn = [self.index.segmentations[where.start + k] for k in keep.nonzero()[:, 0].tolist()]
             name = f"{self.ann_file}: image {self.index.image_ids[i]}"
             target["masks"] = decode_masks(drawn, height, width, name)
         return target
+
+    def _check_size(self, i: int, height: int, width: int) -> None:
+        listed = tuple(self.index.sizes[i].tolist())
+        if listed != (height, width):
+            raise ValueError(
+                f"{self.ann_file}: image {self.index.image_ids[i]} is listed as {listed} (height, width), but "
+                f"{self.index.file_names[i]} is {(height, width)}: its masks are drawn for another picture"
+            )
 
 
 def load_coco_api(ann_file: str | Path):
@@ -122,14 +143,16 @@ def index_coco(instances: dict):
 
     coco = COCO()
     coco.dataset = instances
-    annotations = coco.dataset["annotations"]
-    # The evaluation takes id 0 for "not matched", and needs ids.
-    renumber = any(annotation.get("id", 0) == 0 for annotation in annotations)
+    for record in (*instances["images"], *instances["categories"]):
+        record["id"] = int(record["id"])
+    annotations = instances["annotations"]
+    # The evaluation tells objects apart by their ids, and takes 0 for "not matched".
+    ids = [annotation.get("id") for annotation in annotations]
+    usable = all(type(i) is int and 0 < i < 2**63 for i in ids) and len(set(ids)) == len(ids)
     for i, annotation in enumerate(annotations, start=1):
-        if renumber:
-            annotation["id"] = i
-        if annotation.get("iscrowd") is None:
-            annotation["iscrowd"] = 0
+        annotation["id"] = annotation["id"] if usable else i
+        annotation["image_id"], annotation["category_id"] = int(annotation["image_id"]), int(annotation["category_id"])
+        annotation["iscrowd"] = int(annotation.get("iscrowd") or 0)
         if annotation.get("area") is None:
             annotation["area"] = annotation["bbox"][2] * annotation["bbox"][3]
     with contextlib.redirect_stdout(io.StringIO()):

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
+import torch
 from pycocotools import mask as mask_api
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
@@ -33,6 +34,9 @@ class CocoEvaluator:
     def __init__(self, coco_gt, iou_types: Iterable[str], backend: str = "auto"):
         self.coco_gt = coco_gt
         self.iou_types = list(iou_types)
+        unknown = sorted(set(self.iou_types) - {"bbox", "segm"})
+        if unknown:
+            raise ValueError(f"no AP of {', '.join(unknown)} here: choose from bbox and segm")
         self.backend = backend
         self.coco_eval: dict[str, COCOeval] = {}
         self.results: dict[int, dict[str, np.ndarray]] = {}  # by image id
@@ -40,16 +44,19 @@ class CocoEvaluator:
     def update(self, predictions: dict[int, dict[str, Tensor]]) -> None:
         """Add results by image id, as the post-processors give them.
 
-        That is `scores` [Q], `labels` [Q], `boxes` [Q, 4] (x0 y0 x1 y1 in pixels) and, for segm, `masks` [Q, 1, H, W].
+        That is `scores` [Q], `labels` [Q], `boxes` [Q, 4] (x0 y0 x1 y1 in pixels) and, for segm, `masks` [Q, 1, H, W],
+        binary or probabilities. An empty result is one without detections.
         """
+        nothing = {"scores": torch.zeros(0), "labels": torch.zeros(0, dtype=torch.int64), "boxes": torch.zeros(0, 4)}
         for image_id, result in predictions.items():
+            result = result or nothing | {"masks": torch.zeros(0, 1, 1, 1)}
             boxes = result["boxes"].detach().float().cpu()
             boxes = box_xyxy_to_cxcywh(boxes)
             boxes[:, :2] -= boxes[:, 2:] / 2
             scores, labels = result["scores"].detach().float().cpu(), result["labels"].cpu()
             kept = {"bbox": boxes.numpy(), "scores": scores.numpy(), "labels": labels.numpy()}
             if "segm" in self.iou_types:
-                kept["segm"] = np.array(encode_masks(result["masks"][:, 0]), dtype=object)
+                kept["segm"] = np.array(encode_masks(result["masks"][:, 0] > 0.5), dtype=object)
             self.results[int(image_id)] = kept
 
     def synchronize_between_processes(self) -> None:
@@ -139,8 +146,6 @@ def _coco(coco_class: type, dataset: dict):
 
 def curves(evaluation: COCOeval) -> dict:
     """Return what the precision curves are drawn from, as tensors and numbers that load with `weights_only=True`."""
-    import torch
-
     result, params = evaluation.eval, evaluation.params
     return {
         **{name: torch.as_tensor(np.asarray(result[name])) for name in ("precision", "recall", "scores")},

@@ -93,20 +93,24 @@ class _Rows:
             else:
                 return record
         except (KeyError, TypeError, ValueError, OverflowError) as error:
-            self.malformed.append(f"{_short(record)}: {error!r}")
+            self.malformed.append(f"{shortened(record)}: {error!r}")
         return None
 
     def _image(self, record: dict) -> None:
-        name, height, width = str(record["file_name"]), int(record.get("height") or 0), int(record.get("width") or 0)
-        self.image_ids.append(record["id"])
+        name, height, width = (
+            str(record["file_name"]),
+            whole(record.get("height") or 0),
+            whole(record.get("width") or 0),
+        )
+        self.image_ids.append(whole(record["id"]))
         self.file_names.append(name)
         self.sizes.extend((height, width))
 
     def _annotation(self, record: dict) -> None:
-        x, y, w, h = map(float, record["bbox"])
-        owner, label = int(record["image_id"]), int(record["category_id"])
-        area, crowd = record.get("area"), int(record.get("iscrowd") or 0)
-        area = w * h if area is None else float(area)
+        x, y, w, h = array("f", record["bbox"])
+        owner, label = whole(record["image_id"]), whole(record["category_id"])
+        area, crowd = record.get("area"), whole(record.get("iscrowd") or 0)
+        area = w * h if area is None else area
         if self.segmentations is not None:
             self.segmentations.append(record.get("segmentation"))
         self.owners.append(owner)
@@ -131,9 +135,8 @@ def read_coco_index(path: str | Path, with_segmentations: bool = False) -> CocoI
     ]
     if missing:
         raise ValueError(f"{path}: not a COCO instances file: no list named {', '.join(map(repr, missing))} at its top")
-    categories = {
-        int(c["id"]): str(c.get("name", c["id"])) for c in top["categories"] if isinstance(c, dict) and "id" in c
-    }
+    report(path, [("records that cannot be read", rows.malformed), *left_over(top)])
+    categories = {whole(c["id"]): str(c.get("name", c["id"])) for c in top["categories"]}
 
     images = np.argsort(np.asarray(rows.image_ids), kind="stable")
     image_ids = np.asarray(rows.image_ids)[images]
@@ -161,7 +164,6 @@ def read_coco_index(path: str | Path, with_segmentations: bool = False) -> CocoI
     report(
         path,
         [
-            ("records that cannot be read", rows.malformed),
             ("images with an id used before", repeated),
             ("annotations of images that are not listed", [f"image {i}" for i in owners[unknown]]),
             ("annotations of a category that is not listed", _culprits(owner_of, stray, index.labels, "category")),
@@ -195,8 +197,14 @@ def check_against_folder(
     report(index.path, [(f"{what} that are not in {folder}", absent)])
 
 
+def check_sizes(index: CocoIndex) -> None:
+    """Raise ValueError if the file does not say of every image how large it is."""
+    report(index.path, [("images without height and width", index.image_ids[(index.sizes <= 0).any(1)])])
+
+
 def check_masks(index: CocoIndex) -> None:
-    """Raise ValueError if an annotation has no segmentation."""
+    """Raise ValueError if an annotation has no segmentation, or an image no size to draw it in."""
+    check_sizes(index)
     owner_of = np.repeat(index.image_ids, np.diff(index.first))
     what = "annotations without a segmentation (without --masks they can be used)"
     report(index.path, [(what, _culprits(owner_of, index.segmentations.empty(), index.labels, "category"))])
@@ -244,6 +252,31 @@ def _culprits(owners: np.ndarray, bad: np.ndarray, values: np.ndarray, name: str
     return [f"image {i} ({name} {v})" for i, v in zip(owners[bad], values[bad].tolist(), strict=True)]
 
 
-def _short(record: dict) -> str:
+def left_over(top: dict) -> list[tuple[str, list]]:
+    """Tell, for `report`, of records that lack what makes them an image, an annotation or a category.
+
+    What has it was taken by the parser, which leaves None in the lists.
+    """
+    odd = [shortened(record) for name in ("images", "annotations") for record in top[name] if record is not None]
+    nameless = [shortened(c) for c in top["categories"] if not (isinstance(c, dict) and _is_whole(c.get("id")))]
+    return [
+        ("records without id, file_name or image_id", odd),
+        ("categories without a whole number as id", nameless),
+    ]
+
+
+def whole(value) -> int:
+    """Take an id or a count as int. ValueError for text: COCO's code would look for the number, in vain."""
+    if not _is_whole(value):
+        raise ValueError(f"{value!r} is not a whole number")
+    return int(value)
+
+
+def _is_whole(value) -> bool:
+    return isinstance(value, int) or (isinstance(value, float) and value.is_integer())
+
+
+def shortened(record) -> str:
+    """Show the beginning of a record."""
     text = repr(record)
     return text if len(text) <= 120 else text[:117] + "..."

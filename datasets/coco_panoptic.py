@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from datasets import transforms as T
-from datasets.coco import CocoDetection, index_coco, load_coco_api, make_coco_transforms
+from datasets.coco import NOT_COUNTED, CocoDetection, index_coco, load_coco_api, make_coco_transforms
 from datasets.coco_index import check_against_folder, check_classes
 from datasets.masks import check_segment_ids, encode_masks, read_segment_ids
 from datasets.panoptic_index import read_panoptic_index
@@ -49,7 +49,7 @@ class CocoPanoptic(CocoDetection):
         self.num_classes = num_classes or self.index.num_classes
         check_classes(self.index, self.num_classes)
         self.transforms, self.return_masks, self.seed = transforms, return_masks, seed
-        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
+        self._epoch = torch.tensor(NOT_COUNTED).share_memory_()
 
     @property
     def thing_classes(self) -> list[int]:

@@ -42,7 +42,7 @@ def decode_masks(segmentations: Iterable, height: int, width: int, where: str) -
     for k, segmentation in enumerate(segmentations):
         try:
             masks.append(decode_mask(segmentation, height, width)[None])
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, OverflowError) as error:
             raise ValueError(
                 f"{where}: segmentation {k} ({str(segmentation)[:60]}) is not a mask: {error}; mend or remove it"
             ) from error

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from datasets.coco_index import CocoIndex, read_json, report
+from datasets.coco_index import CocoIndex, left_over, read_json, report, shortened, whole
 
 
 @dataclass
@@ -36,26 +36,26 @@ class _Rows:
         """Called by the JSON parser for every object: move what is ours into the columns, return the rest."""
         try:
             if "segments_info" in record:
-                owner, name, count = int(record["image_id"]), str(record["file_name"]), len(record["segments_info"])
+                owner, name, count = whole(record["image_id"]), str(record["file_name"]), len(record["segments_info"])
                 self.owners.append(owner)
                 self.map_names.append(name)
                 self.counts.append(count)
             elif "category_id" in record:
-                box = [float(side) for side in record["bbox"]]
+                box = array("f", record["bbox"])
                 area = round(record.get("area", box[2] * box[3]))
                 self.segments.extend(
-                    (int(record["id"]), int(record["category_id"]), int(record.get("iscrowd") or 0), area)
+                    (whole(record["id"]), whole(record["category_id"]), whole(record.get("iscrowd") or 0), area)
                 )
                 self.boxes.extend(box)
             elif "file_name" in record and "id" in record:
-                name, height, width = str(record["file_name"]), int(record["height"]), int(record["width"])
-                self.image_ids.append(record["id"])
+                name, height, width = str(record["file_name"]), whole(record["height"]), whole(record["width"])
+                self.image_ids.append(whole(record["id"]))
                 self.file_names.append(name)
                 self.sizes.extend((height, width))
             else:
                 return record
         except (KeyError, TypeError, ValueError, IndexError, OverflowError) as error:
-            self.malformed.append(f"{str(record)[:120]}: {error!r}")
+            self.malformed.append(f"{shortened(record)}: {error!r}")
         return None
 
 
@@ -70,8 +70,8 @@ def read_panoptic_index(path: str | Path) -> PanopticIndex:
     ]
     if missing:
         raise ValueError(f"{path}: not a COCO panoptic file: no list named {', '.join(map(repr, missing))} at its top")
-    report(path, [("records that cannot be read", rows.malformed)])
-    categories = {int(c["id"]): c for c in top["categories"] if isinstance(c, dict) and "id" in c}
+    report(path, [("records that cannot be read", rows.malformed), *left_over(top)])
+    categories = {whole(c["id"]): c for c in top["categories"]}
     image_ids, owners, counts = np.asarray(rows.image_ids), np.asarray(rows.owners), np.asarray(rows.counts)
     segments, boxes = np.asarray(rows.segments).reshape(-1, 4), np.asarray(rows.boxes).reshape(-1, 4)
     images, order = np.argsort(image_ids, kind="stable"), np.argsort(owners, kind="stable")

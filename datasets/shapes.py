@@ -23,6 +23,8 @@ THINGS = ("circle", "square", "triangle", "star", "ring", "cross", "hexagon", "b
 STUFF = ("ground", "sky")  # their ids follow the things'
 EMPTY, CROWD, VOID = 0.06, 0.06, 0.3  # shares of the images without objects, with a crowd, with an unlabelled patch
 MOST_OBJECTS = 2
+SMALLEST = 32  # pixels of an image's longer side
+NUMBERS = "shapes.json"  # the file that says what the folder was drawn with
 EXTENT = (0.2, 0.8)  # diameter of an object, as a share of the image's shorter side
 LARGEST_HIDDEN = 0.4  # an object is placed only if every other one keeps at least 60 % of its pixels
 
@@ -54,14 +56,17 @@ def build(
 
 
 def generate(root: str | Path, counts: dict[str, int], image_size: int = 192, classes: int = 4, seed: int = 0) -> None:
-    """Write the dataset in COCO's layout, unless `root` exists; it appears whole or not at all.
+    """Write the dataset in COCO's layout, unless `root` holds it; it appears whole or not at all.
 
-    Raises ValueError if there are not that many classes of shapes.
+    Raises ValueError for numbers that cannot be drawn, or if `root` holds shapes of other numbers.
     """
-    root = Path(root)
+    root, numbers = Path(root), {**counts, "size": image_size, "classes": classes, "seed": seed}
+    if image_size < SMALLEST:
+        raise ValueError(f"shapes cannot be told apart on {image_size} pixels: ask for {SMALLEST} or more")
     if not 1 <= classes <= len(THINGS):
         raise ValueError(f"there are shapes for 1 to {len(THINGS)} classes, not {classes}")
-    if root.exists():
+    if root.exists() and any(root.iterdir()):
+        _check_numbers(root / NUMBERS, numbers)
         return
     logger.info(f"generating {' + '.join(f'{n} {part}' for part, n in counts.items())} images of shapes in {root}")
     root.parent.mkdir(parents=True, exist_ok=True)
@@ -69,6 +74,7 @@ def generate(root: str | Path, counts: dict[str, int], image_size: int = 192, cl
     try:
         for part_number, (part, count) in enumerate(counts.items()):
             _write_part(draft, part, count, image_size, classes, (seed, part_number))
+        (draft / NUMBERS).write_text(json.dumps(numbers))
         draft.chmod(0o755)
         os.rename(draft, root)
     except OSError:
@@ -76,6 +82,13 @@ def generate(root: str | Path, counts: dict[str, int], image_size: int = 192, cl
             raise
     finally:
         shutil.rmtree(draft, ignore_errors=True)
+
+
+def _check_numbers(path: Path, numbers: dict[str, int]) -> None:
+    there = json.loads(path.read_text()) if path.is_file() else numbers
+    other = [f"{name} {there.get(name)}, not {value}" for name, value in numbers.items() if there.get(name) != value]
+    if other:
+        raise ValueError(f"{path.parent} holds shapes of other numbers ({'; '.join(other)}): name another folder")
 
 
 def _write_part(root: Path, part: str, count: int, image_size: int, classes: int, seed: tuple[int, int]) -> None:

@@ -192,6 +192,7 @@ class CenterCrop:
 
     def __call__(self, image: Picture, target: dict | None) -> Pair:
         (height, width), (h, w) = F.get_size(image), self.size
+        _check_room(height, width, h, w)
         return crop(image, target, (round((height - h) / 2), round((width - w) / 2), h, w))
 
 
@@ -226,10 +227,10 @@ class RandomErasing:
 
 
 class ToTensor:
-    """PIL image -> float tensor in 0..1, as torchvision's `to_tensor`."""
+    """PIL image or uint8 tensor -> float tensor in 0..1, as torchvision's `to_tensor`."""
 
-    def __call__(self, image: Image.Image, target: dict | None) -> Pair:
-        return tv.functional.to_tensor(image), target
+    def __call__(self, image: Picture, target: dict | None) -> Pair:
+        return image.float() / 255 if isinstance(image, Tensor) else tv.functional.to_tensor(image), target
 
 
 class PILToTensor:
@@ -265,7 +266,11 @@ class Normalize:
 
 def _crop_somewhere(image: Picture, target: dict | None, height: int, width: int) -> Pair:
     full_height, full_width = F.get_size(image)
-    if height > full_height or width > full_width:
-        raise ValueError(f"cannot crop {height} x {width} (height x width) out of {full_height} x {full_width}")
+    _check_room(full_height, full_width, height, width)
     top, left = random.randint(0, full_height - height), random.randint(0, full_width - width)
     return crop(image, target, (top, left, height, width))
+
+
+def _check_room(full_height: int, full_width: int, height: int, width: int) -> None:
+    if height > full_height or width > full_width:
+        raise ValueError(f"cannot crop {height} x {width} (height x width) out of {full_height} x {full_width}")

@@ -1,5 +1,7 @@
 """Flags become a model, its loss and its post-processors."""
 
+import argparse
+
 from torch import nn
 
 from models.backbone import Backbone, Joiner
@@ -20,8 +22,10 @@ def build_model(args) -> tuple[nn.Module, SetCriterion, dict[str, nn.Module]]:
     """Build what the flags describe: the model, the criterion, and the post-processors by name.
 
     `args` is any object with the model's flags as attributes: a Namespace of `main.get_args_parser()`, one found in a
-    checkpoint, a class of your own. `num_classes` defaults to 250 for coco_panoptic and to COCO's 91 otherwise.
+    checkpoint (or the dict of them that this project's hold), a class of your own. `num_classes` defaults to 250 for
+    coco_panoptic and to COCO's 91 otherwise.
     """
+    args = argparse.Namespace(**args) if isinstance(args, dict) else args
     new = {name: getattr(args, name, default) for name, default in NEW_FLAGS.items()}
     num_classes = new["num_classes"] or (250 if args.dataset_file == "coco_panoptic" else 91)
     sizes = (args.backbone, args.lr_backbone > 0, args.masks, args.dilation)

@@ -1,5 +1,6 @@
 """A ResNet that returns feature maps with their padding masks and positions."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -31,7 +32,7 @@ class _Body(nn.ModuleDict):
             if torch.jit.is_scripting():
                 x = module(x)
             elif name == "conv1":
-                x = _conv_norm(module, self["bn1"], x)
+                x = _conv_norm((module, self["bn1"]), x)
             elif name != "bn1":
                 x = _run(module, x)
             if name in self.return_layers:
@@ -39,32 +40,43 @@ class _Body(nn.ModuleDict):
         return features
 
 
-def _conv_norm(conv: nn.Conv2d, norm: nn.Module, x: Tensor) -> Tensor:
+def _conv_norm(parts: Sequence[nn.Module], x: Tensor) -> Tensor:
     """A convolution and its norm; a frozen norm is an affine, and is folded into the convolution's own.
 
     That spares a pass over the feature map, the larger of the two by far, and trains the same weights.
     """
-    if type(norm) is not FrozenBatchNorm2d or type(conv) is not nn.Conv2d or conv.bias is not None:
-        return norm(conv(x))
+    if [type(part) for part in parts] != [nn.Conv2d, FrozenBatchNorm2d] or parts[0].bias is not None or _heard(*parts):
+        for part in parts:
+            x = part(x)
+        return x
+    conv, norm = parts
     scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
     weight, bias = conv.weight * scale[:, None, None, None], norm.bias - norm.running_mean * scale
     return F.conv2d(x, weight, bias.to(weight.dtype), conv.stride, conv.padding, conv.dilation, conv.groups)
 
 
 def _run(module: nn.Module, x: Tensor) -> Tensor:
-    """Run a part of a ResNet as torchvision does, but for the folded norms."""
-    if isinstance(module, nn.Sequential):
+    """Run a part of a ResNet as torchvision does, but for the folded norms.
+
+    A part that is not plainly torchvision's (a block, an activation of your own), or has a hook on it, runs itself.
+    """
+    if type(module) is nn.Sequential and not _heard(module):
         for part in module:
             x = _run(part, x)
         return x
-    if not isinstance(module, (BasicBlock, Bottleneck)):
+    if type(module) not in (BasicBlock, Bottleneck) or type(module.relu) is not nn.ReLU or _heard(*module.modules()):
         return module(x)
-    shortcut = x if module.downsample is None else _conv_norm(*module.downsample, x)
-    x = F.relu(_conv_norm(module.conv1, module.bn1, x), inplace=True)
-    x = _conv_norm(module.conv2, module.bn2, x)
-    if isinstance(module, Bottleneck):
-        x = _conv_norm(module.conv3, module.bn3, F.relu(x, inplace=True))
+    shortcut = x if module.downsample is None else _conv_norm(module.downsample, x)
+    x = F.relu(_conv_norm((module.conv1, module.bn1), x), inplace=True)
+    x = _conv_norm((module.conv2, module.bn2), x)
+    if type(module) is Bottleneck:
+        x = _conv_norm((module.conv3, module.bn3), F.relu(x, inplace=True))
     return F.relu(x.add_(shortcut), inplace=True)
+
+
+def _heard(*modules: nn.Module) -> bool:
+    """Whether a hook listens to one of them."""
+    return any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks for m in modules)
 
 
 class BackboneBase(nn.Module):
@@ -96,6 +108,7 @@ class BackboneBase(nn.Module):
         images = tensor_list.tensors
         if images.dtype == torch.uint8:
             images = ((images.float() / 255 - self.pixel_mean) / self.pixel_std).masked_fill(mask[:, None], 0.0)
+            images = images.to(self.pixel_mean.dtype)  # the model's, which may be half
         features = self.body(images.contiguous(memory_format=torch.channels_last))
         out: dict[str, NestedTensor] = {}
         for name, feature in features.items():

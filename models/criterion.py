@@ -40,18 +40,22 @@ class Matched:
 class SetCriterion(nn.Module):
     """DETR's loss (paper, section 3.1): cross-entropy, L1 and generalized IoU over the best assignment of each layer.
 
-    `losses` names the methods to run, out of LOSSES; each returns named values, one for every layer. The weights of
-    `weight_dict` are not applied here: training sums `losses[name] * weight_dict[name]` over the names it holds.
-    `eos_coef` is the weight of "no object" in the cross-entropy, where most slots are empty.
+    `losses` names the methods to run, out of LOSSES; each takes a Matched and returns named values, one for every
+    layer. The weights of `weight_dict` are not applied here: training sums `losses[name] * weight_dict[name]` over the
+    names it holds. `eos_coef` is the weight of "no object" in the cross-entropy, where most slots are empty.
+
+    `matcher` is a HungarianMatcher, or anything that is called as one; it finds the same number of pairs at each layer.
     """
+
+    LOSSES = {"labels": "loss_labels", "cardinality": "loss_cardinality", "boxes": "loss_boxes", "masks": "loss_masks"}
 
     def __init__(
         self, num_classes: int, matcher: nn.Module, weight_dict: dict[str, float], eos_coef: float, losses: list[str]
     ):
         super().__init__()
-        unknown = sorted(set(losses) - set(LOSSES))
+        unknown = sorted(set(losses) - set(self.LOSSES))
         if unknown:
-            raise ValueError(f"unknown losses {unknown}: choose from {sorted(LOSSES)}")
+            raise ValueError(f"unknown losses {unknown}: choose from {sorted(self.LOSSES)}")
         self.num_classes = num_classes
         self.matcher = matcher
         self.weight_dict = weight_dict
@@ -75,7 +79,7 @@ class SetCriterion(nn.Module):
             matched = self._match(outputs, targets)
             losses = {}
             for loss in self.losses:
-                for name, by_layer in LOSSES[loss](self, matched).items():
+                for name, by_layer in getattr(self, self.LOSSES[loss])(matched).items():
                     for i, value in enumerate(by_layer.unbind()):
                         losses[f"{name}_{i - 1}" if i else name] = value
         return losses
@@ -84,10 +88,11 @@ class SetCriterion(nn.Module):
         layers = [outputs, *outputs.get("aux_outputs", ())]
         logits = torch.stack([layer["pred_logits"] for layer in layers]).float()
         boxes = torch.stack([layer["pred_boxes"] for layer in layers]).float()
-        if isinstance(self.matcher, HungarianMatcher):
+        if getattr(type(self.matcher), "forward", None) is HungarianMatcher.forward:
             indices = self.matcher.match_layers(logits, boxes, targets)
         else:  # a matcher of your own, layer by layer
-            indices = [self.matcher(layer, targets) for layer in layers]
+            heads = [{name: layer[name] for name in ("pred_logits", "pred_boxes")} for layer in layers]
+            indices = [[tuple(map(torch.as_tensor, pair)) for pair in self.matcher(head, targets)] for head in heads]
         sizes = [len(target["labels"]) for target in targets]
         # At evaluation processes may hold different numbers of batches, and must not wait for each other.
         num_boxes = mean_over_processes(sum(sizes), logits.device) if self.training else sum(sizes)
@@ -113,7 +118,7 @@ class SetCriterion(nn.Module):
             image=image,
             query=query,
             labels=torch.cat([target["labels"] for target in targets])[answered],
-            target_boxes=torch.cat([target["boxes"] for target in targets]).float()[answered],
+            target_boxes=torch.cat([target["boxes"].reshape(-1, 4) for target in targets]).float()[answered],
             sizes=sizes,
             num_boxes=_at_least_one(num_boxes),
             masks=self._masks(outputs, image[0], query[0]),
@@ -180,14 +185,6 @@ class SetCriterion(nn.Module):
             "loss_mask": sigmoid_focal_loss(masks, wanted, matched.num_boxes)[None],
             "loss_dice": dice_loss(masks, wanted, matched.num_boxes)[None],
         }
-
-
-LOSSES = {
-    "labels": SetCriterion.loss_labels,
-    "cardinality": SetCriterion.loss_cardinality,
-    "boxes": SetCriterion.loss_boxes,
-    "masks": SetCriterion.loss_masks,
-}
 
 
 def weights_for_layers(weights: dict[str, float], layers: int) -> dict[str, float]:

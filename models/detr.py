@@ -27,12 +27,13 @@ class DETR(nn.Module):
     ):
         super().__init__()
         width = transformer.d_model
-        self.backbone = backbone
-        self.input_proj = nn.Conv2d(backbone.num_channels, width, kernel_size=1)
-        self.query_embed = nn.Embedding(num_queries, width)
+        # In this order: an optimizer's state, in checkpoints of other DETRs too, goes by the parameters' positions.
         self.transformer = transformer
         self.class_embed = nn.Linear(width, num_classes + 1)
         self.bbox_embed = MLP(width, width, 4, 3)
+        self.query_embed = nn.Embedding(num_queries, width)
+        self.input_proj = nn.Conv2d(backbone.num_channels, width, kernel_size=1)
+        self.backbone = backbone
         self.num_queries, self.aux_loss = num_queries, aux_loss
 
     def forward(self, samples: NestedTensor) -> dict[str, Tensor]:
@@ -75,7 +76,7 @@ class DETR(nn.Module):
         if torch.jit.is_scripting():
             return self.class_embed(hs), self.bbox_embed(hs).sigmoid()
         with torch.autocast(hs.device.type, enabled=False):
-            hs = hs.to(self.class_embed.weight.dtype)
+            hs = hs.to(self.query_embed.weight.dtype)
             return self.class_embed(hs), self.bbox_embed(hs).sigmoid()
 
 
@@ -112,5 +113,6 @@ class PostProcess(nn.Module):
         scores, labels = logits.softmax(-1)[..., :-1].max(-1)
         height, width = target_sizes.to(boxes.device).unbind(1)
         scale = torch.stack([width, height, width, height], dim=1)
+        boxes = boxes.to(torch.promote_types(boxes.dtype, torch.float32))  # half precision has no room for pixels
         boxes = box_cxcywh_to_xyxy(boxes) * scale[:, None]
         return [{"scores": s, "labels": c, "boxes": b} for s, c, b in zip(scores, labels, boxes, strict=True)]

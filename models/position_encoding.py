@@ -58,9 +58,12 @@ class PositionEmbeddingLearned(nn.Module):
         nn.init.uniform_(self.col_embed.weight)
 
     def forward(self, tensor_list: NestedTensor) -> Tensor:
-        """Features [B, C, h, w] -> [B, 2 * num_pos_feats, h, w]; h and w are at most 50."""
+        """Features [B, C, h, w] -> [B, 2 * num_pos_feats, h, w]. ValueError if h or w is more than 50."""
         batch, h, w = tensor_list.tensors.shape[0], tensor_list.tensors.shape[2], tensor_list.tensors.shape[3]
-        assert h <= 50 and w <= 50, f"the learned positions cover 50 x 50 cells, the features have {h} x {w}"
+        if h > 50 or w > 50:
+            raise ValueError(
+                f"the learned positions cover 50 x 50 cells, the features have {h} x {w}: use smaller images or sines"
+            )
         columns = self.col_embed.weight[:w].unsqueeze(0).expand(h, -1, -1)
         rows = self.row_embed.weight[:h].unsqueeze(1).expand(-1, w, -1)
         return torch.cat([columns, rows], dim=2).permute(2, 0, 1).unsqueeze(0).expand(batch, -1, -1, -1)

@@ -55,7 +55,8 @@ class DETRsegm(nn.Module):
 
         In training most queries answer no object, and nobody looks at their masks. So the outputs hold a function
         instead, `masks_of(image, query)`: for two index vectors [N] it gives those queries' masks [N, h4, w4]. Queries
-        do not see each other in the head, so these are the values that drawing them all would give.
+        do not see each other in the head, so these are the values that drawing them all would give; and
+        `outputs["pred_masks"]` draws them all there too, when it is asked for.
         """
         if isinstance(samples, (list, Tensor)):
             samples = nested_tensor_from_tensor_list(samples)
@@ -68,12 +69,23 @@ class DETRsegm(nn.Module):
         finer = [features[2].tensors, features[1].tensors, features[0].tensors]
         if not torch.jit.is_scripting():
             if self.training:
-                out["masks_of"] = MasksLater(self, src, hs[-1], memory, padding, finer)
-                return out
+                return OutputsInTraining(out, masks_of=MasksLater(self, src, hs[-1], memory, padding, finer))
         maps = self.bbox_attention(hs[-1], memory, padding)
         masks = self.mask_head(src, maps, finer)[:, 0]
         out["pred_masks"] = masks.float().unflatten(0, (maps.shape[0], maps.shape[1]))
         return out
+
+
+class OutputsInTraining(dict):
+    """Outputs with `masks_of`, where `pred_masks` is drawn on being asked for."""
+
+    def __missing__(self, name: str) -> Tensor:
+        if name != "pred_masks":
+            raise KeyError(name)
+        batch, queries = self["pred_logits"].shape[:2]
+        image, query = torch.arange(batch).repeat_interleave(queries), torch.arange(queries).repeat(batch)
+        self[name] = self["masks_of"](image, query).unflatten(0, (batch, queries))
+        return self[name]
 
 
 class MasksLater:
@@ -135,10 +147,16 @@ class MaskHeadSmallConv(nn.Module):
                 f"number of heads of 8, got a width of {context_dim} and {dim - context_dim} heads"
             )
         widths = [dim, dim, *(context_dim // share for share in (2, 4, 8, 16))]
-        self.lay1, self.lay2, self.lay3, self.lay4, self.lay5 = (
-            nn.Conv2d(before, after, 3, padding=1) for before, after in zip(widths[:-1], widths[1:], strict=True)
-        )
-        self.gn1, self.gn2, self.gn3, self.gn4, self.gn5 = (nn.GroupNorm(8, width) for width in widths[1:])
+
+        def level(i: int) -> tuple[nn.Conv2d, nn.GroupNorm]:
+            return nn.Conv2d(widths[i - 1], widths[i], 3, padding=1), nn.GroupNorm(8, widths[i])
+
+        # In this order, as in DETR: an optimizer's state goes by the parameters' positions.
+        self.lay1, self.gn1 = level(1)
+        self.lay2, self.gn2 = level(2)
+        self.lay3, self.gn3 = level(3)
+        self.lay4, self.gn4 = level(4)
+        self.lay5, self.gn5 = level(5)
         self.out_lay = nn.Conv2d(widths[-1], 1, 3, padding=1)
         self.adapter1, self.adapter2, self.adapter3 = (
             nn.Conv2d(channels, width, 1) for channels, width in zip(fpn_dims, widths[2:5], strict=True)

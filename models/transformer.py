@@ -107,7 +107,7 @@ class Attention(nn.MultiheadAttention):
     """
 
     def forward(
-        self, query: Tensor, key: Tensor, value: Tensor, padding: Tensor | None = None
+        self, query: Tensor, key: Tensor, value: Tensor, key_padding_mask: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None]:
         """Query [B, Q, C], key and value [B, N, C], padding [B, N] (True = ignore) -> [B, Q, C], weights or None."""
         w_q, w_k, w_v = self.in_proj_weight.chunk(3)
@@ -115,7 +115,7 @@ class Attention(nn.MultiheadAttention):
         q = self._split_heads(nn.functional.linear(query, w_q, b_q))
         k = self._split_heads(nn.functional.linear(key, w_k, b_k))
         v = self._split_heads(nn.functional.linear(value, w_v, b_v))
-        ignored = None if padding is None else padding[:, None, None, :]
+        ignored = None if key_padding_mask is None else key_padding_mask[:, None, None, :]
         drop = self.dropout if self.training else 0.0
         weights: Tensor | None = None
         written_down = False

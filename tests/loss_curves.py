@@ -63,7 +63,7 @@ def plainly() -> Iterator[None]:
     """Take torchvision's and PyTorch's own forward passes."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(backbone, "_run", lambda module, x: module(x))
-        patch.setattr(backbone, "_conv_norm", lambda conv, norm, x: norm(conv(x)))
+        patch.setattr(backbone, "_conv_norm", lambda parts, x: parts[1](parts[0](x)))
 
         def attention(self, query, key, value, padding=None):
             return nn.MultiheadAttention.forward(self, query, key, value, key_padding_mask=padding)

@@ -1,8 +1,10 @@
 import pytest
 import torch
+import torchvision
 from torch import nn
+from torchvision.models.resnet import BasicBlock
 
-from models.backbone import Backbone, FrozenBatchNorm2d
+from models.backbone import Backbone, BackboneBase, FrozenBatchNorm2d
 from models.position_encoding import PositionEmbeddingLearned, PositionEmbeddingSine
 from util.nested_tensor import NestedTensor, nested_tensor_from_tensor_list
 
@@ -83,7 +85,7 @@ def test_learned_positions_put_x_first_and_end_at_fifty():
     assert position.shape == (2, 8, 3, 5)
     assert torch.equal(position[1, :4, 2, 3], embed.col_embed.weight[3])
     assert torch.equal(position[1, 4:, 2, 3], embed.row_embed.weight[2])
-    with pytest.raises(AssertionError, match="51"):
+    with pytest.raises(ValueError, match="51"):
         embed(NestedTensor(torch.zeros(1, 1, 3, 51), None))
 
 
@@ -104,3 +106,37 @@ def test_folded_norms_compute_and_train_as_torchvision_does(name, dilation):
     ours, plain = (torch.autograd.grad(y.square().mean(), trained)[0] for y in (features["3"], x))
     assert ours.abs().max() > 0
     torch.testing.assert_close(ours, plain)
+
+
+@pytest.mark.parametrize(
+    "part", ["conv1", "layer4", "layer3.0", "layer3.0.conv2", "layer2.0.downsample", "layer1.1.relu"]
+)
+def test_whoever_hooks_a_part_hears_it_and_nothing_else_changes(part):
+    torch.manual_seed(0)
+    body, heard = Backbone("resnet50", True, True, False, weights="none").double().body, []
+    images = torch.randn(1, 3, 64, 64).double()
+    before = body(images)
+    body.get_submodule(part).register_forward_hook(lambda module, inputs, output: heard.append(output.shape))
+    after = body(images)
+    assert heard
+    torch.testing.assert_close(before, after)
+
+
+def test_blocks_and_activations_of_ones_own_are_run():
+    class Nothing(BasicBlock):
+        def forward(self, x):
+            return super().forward(x) * 0
+
+    resnet = torchvision.models.ResNet(Nothing, [1, 1, 1, 1], norm_layer=FrozenBatchNorm2d)
+    images = torch.randn(1, 3, 64, 64)
+    assert not BackboneBase(resnet, True, 512, False).body(images)["0"].any()
+    body = Backbone("resnet18", True, False, False, weights="none").body
+    before = body(images)["0"]
+    body["layer3"][0].relu = torch.nn.SiLU()
+    assert not torch.allclose(before, body(images)["0"])
+
+
+def test_bytes_go_into_a_half_precision_model():
+    backbone = Backbone("resnet18", True, False, False, weights="none").bfloat16()
+    samples = NestedTensor(torch.zeros(1, 3, 64, 64, dtype=torch.uint8), torch.zeros(1, 64, 64, dtype=torch.bool))
+    assert backbone(samples)["0"].tensors.dtype == torch.bfloat16

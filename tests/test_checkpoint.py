@@ -2,6 +2,7 @@ import argparse
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -62,6 +63,12 @@ def test_official_files_with_a_namespace_load(tmp_path):
     assert load_checkpoint(tmp_path / "official.pth")["args"].lr == 1e-4
 
 
+def test_so_do_those_of_a_cluster_whose_flags_hold_a_path(tmp_path):
+    folder = Path("/checkpoint/me/experiments/17")
+    torch.save({"model": {}, "args": argparse.Namespace(output_dir=folder)}, tmp_path / "submitit.pth")
+    assert load_checkpoint(tmp_path / "submitit.pth")["args"].output_dir == folder
+
+
 class Hostile:
     """Runs a command when a careless loader unpickles it."""
 
@@ -74,7 +81,7 @@ class Hostile:
 
 def test_a_hostile_file_is_refused_and_does_nothing(tmp_path):
     torch.save({"model": {}, "args": Hostile(tmp_path / "owned")}, tmp_path / "bad.pth")
-    with pytest.raises(ValueError, match="bad.pth: refused"):
+    with pytest.raises(ValueError, match=r"bad.pth: refused.*\(\w+.mkdir\)"):
         load_checkpoint(tmp_path / "bad.pth")
     assert not (tmp_path / "owned").exists()
 

@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Subset
 
+import datasets.transforms as T
 from datasets import build_dataset, get_coco_api_from_dataset
 from datasets.coco import CocoDetection, make_coco_transforms
 from datasets.coco_index import read_coco_index
@@ -75,12 +76,33 @@ def test_annotation_ids_from_zero_are_renumbered_for_the_evaluation(coco_root):
     assert sorted(get_coco_api_from_dataset(Subset(plain(coco_root), [0])).anns) == [1, 2, 3, 4, 5]
 
 
+@pytest.mark.parametrize("ids", [[1, 2, 3, 1, 2], [-1, -2, -3, -4, -5], [None] * 5, list("abcde"), [1, 2, 3, 4, 2**70]])
+def test_annotation_ids_that_do_not_tell_objects_apart_are_renumbered_too(coco_root, ids):
+    change(coco_root, lambda c: [a.update(id=i) for a, i in zip(c["annotations"], ids, strict=True)])
+    assert sorted(plain(coco_root).coco.anns) == [1, 2, 3, 4, 5]
+
+
+def test_whole_numbers_may_be_written_as_fractions(coco_root):
+    change(coco_root, lambda c: [a.update(image_id=float(a["image_id"]), category_id=3.0) for a in c["annotations"]])
+    dataset = plain(coco_root)
+    assert dataset[0][1]["labels"].tolist() == [3, 3]
+    assert all(type(a["category_id"]) is type(a["image_id"]) is int for a in dataset.coco.anns.values())
+
+
 @pytest.mark.parametrize("edit, words", [
     (lambda c: c["annotations"][0].update(category_id=9), "1 annotations of a category that is not listed: image 11"),
     (lambda c: c["annotations"][0].update(image_id=99), "1 annotations of images that are not listed: image 99"),
     (lambda c: c["annotations"][0].update(bbox=[0, float("nan"), 1, 1]), "1 boxes that are not finite: image 11"),
     (lambda c: c["annotations"][0].update(bbox=[0, 1]), "1 records that cannot be read"),
     (lambda c: c["annotations"][0].pop("bbox"), "1 records that cannot be read"),
+    (lambda c: c["annotations"][0].update(category_id="1"), "1 records that cannot be read.*'1' is not a whole number"),
+    (lambda c: c["annotations"][0].update(category_id=1.5), "1 records that cannot be read.*1.5 is not a whole"),
+    (lambda c: c["annotations"][0].update(iscrowd=300), "1 records that cannot be read.*300"),
+    (lambda c: c["annotations"][0].update(bbox=list("1234")), "1 records that cannot be read"),
+    (lambda c: c["annotations"][0].pop("image_id"), "1 records without id, file_name or image_id: .*bbox"),
+    (lambda c: c["images"][0].pop("file_name"), "1 records without id, file_name or image_id"),
+    (lambda c: c["annotations"].append("text"), "1 records without id, file_name or image_id: 'text'"),
+    (lambda c: c["categories"][0].update(id="1"), "1 categories without a whole number as id: .*cat"),
     (lambda c: c["images"][0].update(file_name="gone.jpg"), "1 images that are not in .*gone.jpg"),
     (lambda c: c["images"].append(c["images"][0]), "1 images with an id used before: 11"),
     (lambda c: c.update(images=[], annotations=[]), "no images at all"),
@@ -218,3 +240,43 @@ def test_segmentations_are_kept_only_when_asked(coco_root):
     assert read_coco_index(path).segmentations is None
     kept = read_coco_index(path, with_segmentations=True)
     assert [kept.segmentations[k] for k in range(5)] == copy.deepcopy(shapes)
+
+
+def test_masks_are_not_drawn_for_a_picture_of_another_size(coco_root):
+    triangle = [[0, 0, 9, 0, 9, 9]]
+    change(coco_root, lambda c: [a.update(segmentation=triangle) for a in c["annotations"]])
+    assert plain(coco_root, return_masks=True)[0][1]["masks"].shape == (2, 48, 64)
+    change(coco_root, lambda c: c["images"][0].update(height=64, width=48))
+    with pytest.raises(ValueError, match=r"image 11 is listed as \(64, 48\).*000011.jpg is \(48, 64\)"):
+        plain(coco_root, return_masks=True)[0]
+    change(coco_root, lambda c: c["images"][0].pop("height"))
+    with pytest.raises(ValueError, match="1 images without height and width: 11"):
+        plain(coco_root, return_masks=True)
+    with pytest.raises(ValueError, match="1 images without height and width: 11"):
+        plain(coco_root).sizes  # noqa: B018
+
+
+def test_a_loop_that_does_not_count_epochs_gets_new_draws_all_the_same(coco_root):
+    dataset = plain(coco_root, transforms=make_coco_transforms("train", 64, 96))
+    assert len({dataset[0][0].shape for _ in range(20)}) > 3
+    dataset.set_epoch(0)
+    assert len({dataset[0][0].shape for _ in range(20)}) == 1
+
+
+def test_transforms_written_for_pil_images_take_its_items(coco_root):
+    mean, std = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
+    steps = [T.RandomHorizontalFlip(), T.RandomResize([64], 96), T.ToTensor(), T.Normalize(mean, std)]
+    image, target = plain(coco_root, transforms=T.Compose(steps))[0]
+    assert image.shape == (3, 64, 85) and -2.2 < image.min() < image.max() < 2.7
+    assert 0 < target["boxes"].min() and target["boxes"].max() < 1
+
+
+def test_other_programs_args_may_be_a_dict_and_lack_what_is_ours(coco_root):
+    assert len(build_dataset("val", {"dataset_file": "coco", "coco_path": str(coco_root), "masks": False})) == 3
+
+
+def test_the_longest_side_is_limited_everywhere():
+    (_, select, *_), (resize, *_) = (make_coco_transforms(part).transforms for part in ("train", "val"))
+    whole, cropped = select.transforms1, select.transforms2.transforms[2]
+    assert whole.max_size == cropped.max_size == resize.max_size == 1333
+    assert select.p == 0.5 and whole.sizes == cropped.sizes == list(range(480, 801, 32)) and resize.sizes == [800]

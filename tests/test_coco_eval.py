@@ -108,3 +108,35 @@ def test_curves_load_without_trusting_the_file(truth, tmp_path):
     evaluator.synchronize_between_processes(), evaluator.accumulate()
     torch.save(curves(evaluator.coco_eval["bbox"]), tmp_path / "eval.pth")
     assert torch.load(tmp_path / "eval.pth", weights_only=True)["precision"].shape == (10, 101, 2, 4, 3)
+
+
+def test_masks_may_be_probabilities_and_results_empty(coco_root):
+    path = coco_root / "annotations/instances_train2017.json"
+    content = json.loads(path.read_text())
+    for annotation in content["annotations"]:
+        x, y, w, h = annotation["bbox"]
+        annotation["segmentation"] = [[x, y, x + w, y, x + w, y + h, x, y + h]]
+    path.write_text(json.dumps(content))
+    truth = load_coco_api(path)
+    evaluator = CocoEvaluator(truth, ["segm"])
+    for image_id in truth.imgs:
+        objects = [a for a in truth.imgToAnns[image_id] if not a["iscrowd"]]
+        masks = torch.tensor([truth.annToMask(a).tolist() for a in objects]).view(len(objects), 1, 48, 64)
+        result = {
+            "boxes": torch.zeros(len(objects), 4), "scores": torch.ones(len(objects)),
+            "labels": torch.tensor([a["category_id"] for a in objects]), "masks": 0.1 + 0.8 * masks,
+        }  # fmt: skip
+        evaluator.update({image_id: result if objects else {}})
+    evaluator.synchronize_between_processes()
+    evaluator.accumulate()
+    evaluator.summarize()
+    assert evaluator.coco_eval["segm"].stats[0] == pytest.approx(1)
+
+
+def test_an_image_with_an_empty_result_counts_as_missed(truth):
+    results = detections(truth)
+    whole = numbers(truth, results)
+    results[11] = {}
+    assert numbers(truth, results)[0] < whole[0]
+    with pytest.raises(ValueError, match="keypoints"):
+        CocoEvaluator(truth, ["bbox", "keypoints"])

@@ -2,8 +2,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from models import build_model
 from models.criterion import SetCriterion, weights_for_layers
 from models.matcher import HungarianMatcher
+from tests.conftest import parse
 from tests.test_matcher import scene
 from util.box_ops import box_cxcywh_to_xyxy, generalized_box_iou
 
@@ -115,3 +117,41 @@ def test_weights_repeat_for_the_earlier_layers():
         "loss_ce": 1, "loss_giou": 2, "loss_ce_0": 1, "loss_giou_0": 2, "loss_ce_1": 1, "loss_giou_1": 2,
     }  # fmt: skip
     assert weights_for_layers({"loss_ce": 1}, 1) == {"loss_ce": 1}
+
+
+def test_what_a_subclass_says_holds():
+    class Own(SetCriterion):
+        LOSSES = SetCriterion.LOSSES | {"sizes": "loss_sizes"}
+
+        def loss_boxes(self, matched):
+            return {"loss_bbox": matched.boxes.new_tensor([1.0, 2.0])}
+
+        def loss_sizes(self, matched):
+            return {"loss_size": matched.of_pairs(matched.boxes)[..., 2:].sum((1, 2))}
+
+    class Last(HungarianMatcher):
+        def forward(self, outputs, targets):
+            assert set(outputs) == {"pred_logits", "pred_boxes"}
+            return [([4], [0]) for _ in targets]
+
+    logits, boxes, targets = scene(sizes=(1, 1), layers=2)
+    losses = Own(CLASSES, Last(), {}, 0.1, ["boxes", "sizes"])(outputs_of(logits, boxes), targets)
+    assert losses["loss_bbox"] == 1 and losses["loss_bbox_0"] == 2
+    torch.testing.assert_close(losses["loss_size"], boxes[1, :, 4, 2:].sum())
+
+
+def test_an_image_without_objects_may_have_boxes_without_a_shape():
+    logits, boxes, targets = scene(sizes=(2, 0))
+    expected = criterion()(outputs_of(logits, boxes), targets)
+    targets[1]["boxes"] = torch.as_tensor([])
+    torch.testing.assert_close(criterion()(outputs_of(logits, boxes), targets), expected)
+
+
+def test_the_weights_of_matching_and_loss_are_the_flags():
+    flags = "--set_cost_class 2 --set_cost_bbox 3 --set_cost_giou 4 --bbox_loss_coef 6 --giou_loss_coef 7"
+    more = "--eos_coef 0.2 --masks --hidden_dim 128 --nheads 8 --mask_loss_coef 8 --dice_loss_coef 9"
+    _, built, _ = build_model(parse(f"{flags} {more}"))
+    matcher, weights = built.matcher, built.weight_dict
+    assert (matcher.cost_class, matcher.cost_bbox, matcher.cost_giou) == (2, 3, 4)
+    assert [weights[f"loss_{name}"] for name in ("ce", "bbox", "giou", "bbox_0", "mask", "dice")] == [1, 6, 7, 6, 8, 9]
+    assert built.empty_weight.tolist() == [1] * 91 + [pytest.approx(0.2)]

@@ -163,3 +163,35 @@ def test_evaluation_judges_every_image_at_its_original_size(coco_root):
     assert stats["coco_eval_bbox"][0] == pytest.approx(1) and len(stats["coco_eval_bbox"]) == 12
     assert stats["loss_bbox"] == pytest.approx(0, abs=1e-5) and stats["class_error"] < 100
     assert set(evaluator.results) == {21, 22, 23}
+
+
+def one_step(accum_steps=1, stale=0.0):
+    """Weights after the only step of an epoch of one batch."""
+    model, criterion, _, _ = parts()
+    for p in model.parameters():
+        p.grad = torch.full_like(p, stale) if p.requires_grad else None
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    train_one_epoch(model, criterion, [batch()], optimizer, torch.device("cpu"), 0, accum_steps=accum_steps)
+    return model.class_embed.weight.detach()
+
+
+def test_an_incomplete_last_group_is_the_mean_of_what_is_in_it():
+    torch.testing.assert_close(one_step(accum_steps=2), one_step())
+
+
+def test_gradients_left_from_before_do_not_count():
+    torch.testing.assert_close(one_step(stale=9.0), one_step())
+
+
+def test_fp16_gradients_are_clipped_unscaled():
+    model, criterion, _, _ = parts("--backbone_norm batch")
+    norms, scaler = [], torch.amp.GradScaler("cpu", init_scale=2.0**7)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    given = [p for p in model.parameters() if p.requires_grad]
+    optimizer.register_step_pre_hook(
+        lambda *_: norms.append(nn.utils.get_total_norm([p.grad for p in given if p.grad is not None]).item())
+    )
+    train_one_epoch(
+        model, criterion, [batch(1)], optimizer, torch.device("cpu"), 0, 0.1, amp="fp16", scaler=scaler
+    )  # fmt: skip
+    assert norms == [pytest.approx(0.1, rel=1e-2)]

@@ -6,7 +6,7 @@ import torch
 import main
 from models import build_model
 from tests.conftest import parse
-from util.checkpoint import save_checkpoint
+from util.checkpoint import load_checkpoint, save_checkpoint
 from util.finetune import finetune
 
 
@@ -84,8 +84,7 @@ def test_a_run_begins_at_epoch_0_with_the_weights(coco_root, tmp_path):
         f"--coco_path {coco_root} --output_dir {tmp_path} --finetune {tmp_path / 'origin.pth'} --num_classes 4"
     )
     device = torch.device("cpu")
-    model, _, _, checkpoint = main.build_parts(args, device, resume=None)
-    assert checkpoint is None
+    model, _, _ = main.build_parts(args, device)
     assert torch.equal(model.query_embed.weight, origin.query_embed.weight)
     assert model.class_embed.out_features == 5
     run = main.build_run(args, model, main.build_dataset("train", args))
@@ -96,7 +95,8 @@ def test_a_requeued_run_goes_on_instead_of_beginning_again(tmp_path):
     own = small("--num_classes 4")
     save_checkpoint({"model": own.state_dict()}, tmp_path / "checkpoint.pth")
     args = parse(f"--num_classes 4 --finetune {tmp_path / 'gone.pth'}")
-    model, _, _, _ = main.build_parts(args, torch.device("cpu"), resume=tmp_path / "checkpoint.pth")
+    checkpoint = load_checkpoint(tmp_path / "checkpoint.pth")
+    model, _, _ = main.build_parts(args, torch.device("cpu"), checkpoint, "checkpoint.pth")
     assert torch.equal(model.query_embed.weight, own.query_embed.weight)
 
 

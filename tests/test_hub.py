@@ -121,3 +121,24 @@ def test_a_truncated_file_is_refused_in_a_sentence(official, tmp_path):
     path.write_bytes(official[0].read_bytes()[:1_000_000])
     with pytest.raises(ValueError, match="cut.pth: not a readable checkpoint"):
         load("detr_resnet50", pretrained=path)
+
+
+PUBLISHED = {
+    "detr_resnet50": "detr-r50-e632da11.pth",
+    "detr_resnet50_dc5": "detr-r50-dc5-f0fb7ef5.pth",
+    "detr_resnet101": "detr-r101-2c7b67e5.pth",
+    "detr_resnet101_dc5": "detr-r101-dc5-a2e86def.pth",
+    "detr_resnet50_panoptic": "detr-r50-panoptic-00ce5173.pth",
+    "detr_resnet50_dc5_panoptic": "detr-r50-dc5-panoptic-da08f1b1.pth",
+    "detr_resnet101_panoptic": "detr-r101-panoptic-40021d53.pth",
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_each_name_asks_for_its_own_file(name, monkeypatch):
+    asked = []
+    monkeypatch.setattr(hubconf, "_load", lambda model, file, pretrained: asked.append(file))
+    model, read_out = getattr(hubconf, name)(return_postprocessor=True)
+    assert asked == [PUBLISHED[name]] and getattr(read_out, "threshold", 0.85) == 0.85
+    trained = [name for name, p in model.named_parameters() if "body" in name and p.requires_grad]
+    assert {name.split(".body.")[1].split(".")[0] for name in trained} == {"layer2", "layer3", "layer4"}

@@ -1,5 +1,6 @@
 """Whole runs, small: train, stop, resume, evaluate, and what is left on disk."""
 
+import argparse
 import json
 import os
 import signal
@@ -38,7 +39,9 @@ def test_every_flag_is_explained_and_names_are_told_in_the_help():
     ("--frozen_weights x.pth", "add --masks"), ("--nheads 5", "--nheads 5"), ("--accum_steps 0", "--accum_steps 0"),
     ("--resume auto", "--output_dir"), ("--min_size 900 --max_size 800", "--max_size 800"),
     ("--hidden_dim 34 --nheads 2", "multiple of 4"), ("--batch_size 0", "--batch_size"), ("--num_queries 0", "queries"),
-    ("--dropout 1", "--dropout"),
+    ("--dropout 1", "--dropout"), ("--nheads 0", "--nheads 0"), ("--min_size 0", "--min_size 0"), ("--lr -1", "--lr"),
+    ("--print_freq 0", "--print_freq 0"), ("--num_classes -3", "--num_classes -3"), ("--start_epoch -2", "start_epoch"),
+    ("--eval --masks --frozen_weights x.pth", "give --resume"),
     ("--backbone_norm batch --lr_backbone 0", "lr_backbone"), ("--eval_every 0", "--eval_every"),
 ])  # fmt: skip
 def test_contradictions_are_refused_in_a_sentence(flags, words):
@@ -299,3 +302,86 @@ def test_a_wrong_path_ends_with_its_sentence(tmp_path):
         text=True,
     )
     assert done.returncode != 0 and "nowhere: no such folder" in done.stderr
+
+
+def test_the_flags_reach_the_loop_and_the_optimizer(finished, monkeypatch):
+    _, flags = finished
+    seen = {}
+
+    def train(model, criterion, loader, optimizer, device, epoch, max_norm, **how):
+        seen.update(how, max_norm=max_norm, workers=loader.num_workers)
+        seen["decay"] = {group["weight_decay"] for group in optimizer.param_groups}
+        return {}
+
+    monkeypatch.setattr(main, "train_one_epoch", train)
+    monkeypatch.setattr(main, "evaluate", lambda *_, **how: seen.update(judge=how) or ({}, None))
+    more = "--clip_max_norm 0.7 --accum_steps 2 --amp bf16 --weight_decay 0.03 --coco_eval pycocotools --num_workers 1"
+    run(f"{flags} --epochs 1 {more}")
+    assert (seen["max_norm"], seen["accum_steps"], seen["amp"], seen["workers"]) == (0.7, 2, "bf16", 1)
+    assert seen["decay"] == {0.03} and seen["judge"]["amp"] == "bf16"
+    assert seen["judge"]["coco_backend"] == "pycocotools"
+
+
+def test_a_crash_among_the_files_of_an_epoch_costs_none_of_them(finished, monkeypatch, tmp_path):
+    root, flags = finished
+    save, epochs = main.Run.save, []
+
+    def killed_after_the_first_file(self, folder, *names):
+        if len(names) > 1:
+            epochs.append(self.epoch)
+            save(self, folder, names[0])
+            raise KeyError("killed")
+        save(self, folder, *names)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyError, match="killed"):
+        patch.setattr(main.Run, "save", killed_after_the_first_file)
+        run(f"{flags} --output_dir {tmp_path}")
+    assert epochs == [1]
+    run(f"{flags} --output_dir {tmp_path} --resume auto")
+    assert_same_run(root / "whole", tmp_path)
+    assert {path.name for path in tmp_path.glob("*.pth")} == {path.name for path in (root / "whole").glob("*.pth")}
+
+
+def test_a_log_may_hold_lines_that_are_not_ours(finished, tmp_path):
+    log = tmp_path / "log.txt"
+    log.write_text('a note\n{"epoch": 0}\n[1]\n{"epoch": 1}\n{"epoch": 2')
+    main.forget_rows(log, 1)
+    assert log.read_text() == 'a note\n{"epoch": 0}\n[1]\n' and list(tmp_path.iterdir()) == [log]
+
+
+def test_the_number_of_classes_is_the_checkpoints_where_a_run_goes_on(finished, tmp_path):
+    root, flags = finished
+    run(f"{flags} --epochs 1 --num_classes 91 --output_dir {tmp_path}")
+    run(f"{flags} --eval --resume {tmp_path}/checkpoint.pth")
+    run(f"{flags} --epochs 2 --resume auto --output_dir {tmp_path}")
+    state = torch.load(tmp_path / "checkpoint.pth", weights_only=True)
+    assert len(state["model"]["class_embed.bias"]) == 92 and state["args"]["num_classes"] == 91
+
+
+def test_another_network_of_the_same_weights_is_told(finished, monkeypatch):
+    root, flags = finished
+    said = []
+    monkeypatch.setattr(main.logger, "warning", said.append)
+    run(f"{flags} --eval --resume {root}/whole/checkpoint.pth --batch_size 1")
+    assert said == []
+    run(f"{flags} --eval --resume {root}/whole/checkpoint.pth --nheads 8")
+    assert len(said) == 1 and "another network: --nheads 4 -> 8" in said[0]
+
+
+def test_old_flags_are_enough(finished):
+    root, flags = finished
+    old = json.loads((DATA / "flags.json").read_text())
+    names = {dest for dest, _ in old.values()} | {"backbone_weights"}
+    given = {name: value for name, value in vars(parse(flags)).items() if name in names}
+    main.main(argparse.Namespace(**given | {"epochs": 1}))
+
+
+def test_an_optimizer_of_other_parameters_is_refused_though_it_has_as_many(finished, tmp_path):
+    root, flags = finished
+    state = torch.load(root / "whole/checkpoint.pth", weights_only=True)
+    moments = state["optimizer"]["state"]
+    first, *others = moments
+    moments[first], moments[others[0]] = moments[others[0]], moments[first]
+    torch.save(state, tmp_path / "other.pth")
+    with pytest.raises(ValueError, match="other.pth: its optimizer trained other parameters.*an average of shape"):
+        run(f"{flags} --epochs 4 --resume {tmp_path}/other.pth")

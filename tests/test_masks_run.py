@@ -15,6 +15,7 @@ from datasets.masks import decode_mask, read_segment_ids
 from datasets.shapes import generate
 from engine import evaluate
 from tests.conftest import parse
+from util.checkpoint import load_checkpoint
 
 HEAD = "--hidden_dim 128 --nheads 8 --dataset_file shapes_panoptic --shapes_classes 2"
 DATA = "--shapes_train 4 --shapes_val 3 --shapes_size 64"
@@ -104,7 +105,8 @@ def test_no_segment_has_the_id_of_void_and_small_batches_or_large_give_the_same(
         data = build_dataset("val", args)
         args.num_classes, args.thing_classes = data.num_classes, data.thing_classes
         device = torch.device("cpu")
-        model, criterion, post, *_ = main.build_parts(args, device, out / "masks/checkpoint.pth")
+        checkpoint = load_checkpoint(out / "masks/checkpoint.pth")
+        model, criterion, post = main.build_parts(args, device, checkpoint, "checkpoint.pth")
         post["panoptic"].threshold = 0.0  # all but "no object"
         model.detr.class_embed.bias.data[-1] = -99.0
         loader = main.build_val_loader(data, args, device)
@@ -132,11 +134,11 @@ def test_a_bare_box_model_is_accepted_and_one_that_does_not_fit_is_explained(sta
     torch.save({"model": state}, tmp_path / "bare.pth")
     args = parse(f"{common} --masks --frozen_weights {tmp_path}/bare.pth")
     args.num_classes, args.thing_classes = 5, [1, 2]
-    model = main.build_parts(args, torch.device("cpu"), None)[0]
+    model = main.build_parts(args, torch.device("cpu"))[0]
     assert torch.equal(model.detr.class_embed.weight, state["class_embed.weight"])
     args.num_classes = 7
     with pytest.raises(ValueError, match=r"bare.pth.*class_embed.weight is \[6, 128\], the model has \[8, 128\]"):
-        main.build_parts(args, torch.device("cpu"), None)
+        main.build_parts(args, torch.device("cpu"))
 
 
 def test_instances_without_stuff_train_masks_too(shapes, tmp_path):

@@ -54,7 +54,7 @@ def test_the_head_has_the_published_names_and_shapes_beside_its_detector(flags):
     own = {name: "x".join(map(str, value.shape)) for name, value in model.state_dict().items()}
     head = [f"{name} {shape}" for name, shape in own.items() if not name.startswith("detr.")]
     published = (Path(__file__).parent / "data" / "mask_head.txt").read_text().splitlines()[1:]
-    assert sorted(head) == sorted(published)
+    assert head == published
     assert own["detr.class_embed.weight"] == "251x256"
 
 
@@ -313,3 +313,12 @@ def test_post_processors_follow_the_data():
     assert build()[2].keys() == {"bbox", "segm"}
     things = build(dataset_file="coco_panoptic")[2]["panoptic"].is_thing_map
     assert things[90] and not things.get(91) and build(thing_classes=[1, 7])[2]["panoptic"].is_thing_map == {1: 1, 7: 1}
+
+
+def test_all_masks_are_drawn_in_training_too_for_whoever_asks():
+    model, _, _ = build()
+    outputs = model.train()(IMAGES)
+    assert "masks_of" in outputs and "pred_masks" not in outputs
+    torch.testing.assert_close(outputs["pred_masks"], draw_all(outputs))
+    with pytest.raises(KeyError, match="else"):
+        outputs["else"]

@@ -85,3 +85,17 @@ def test_nothing_half_written_is_left(tmp_path, monkeypatch):
 def test_too_many_classes_are_refused(tmp_path):
     with pytest.raises(ValueError, match="1 to 8 classes, not 9"):
         shapes.generate(tmp_path / "s", {"train": 1}, 64, classes=9)
+
+
+def test_a_folder_of_other_numbers_is_not_taken_for_what_was_asked(tmp_path):
+    counts, root = {"train": 2, "val": 1}, tmp_path / "made"
+    root.mkdir()  # empty: room to draw in
+    shapes.generate(root, counts, 64, 3)
+    before = files(root)
+    shapes.generate(root, counts, 64, 3)
+    assert files(root) == before
+    with pytest.raises(ValueError, match="made holds shapes of other numbers .train 2, not 4; classes 3, not 2"):
+        shapes.generate(root, counts | {"train": 4}, 64, 2)
+    with pytest.raises(ValueError, match="on 8 pixels"):
+        shapes.generate(tmp_path / "small", counts, 8)
+    shapes.generate(tmp_path / "small", counts, shapes.SMALLEST)

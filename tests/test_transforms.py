@@ -143,3 +143,37 @@ def test_seeded_repeats_itself_and_leaves_the_generators_alone():
         assert draw() == inside
     with T.seeded(1, 2, 4):
         assert draw() != inside
+
+
+def test_random_draws_differ():
+    image = torch.arange(3 * 40 * 60).float().view(3, 40, 60)
+    random.seed(0)
+    crops = [T.RandomSizeCrop(8, 30)(image, None)[0] for _ in range(200)]
+    assert {crop.shape[1] for crop in crops} == {crop.shape[2] for crop in crops} == set(range(8, 31))
+    assert len({crop[0, 0, 0].item() for crop in crops}) > 150  # corners anywhere
+    assert {T.RandomResize([20, 30])(image, None)[0].shape[1] for _ in range(20)} == {20, 30}
+    padded = {T.RandomPad(3)(image, None)[0].shape[1:] for _ in range(200)}
+    assert padded == {(40 + rows, 60 + columns) for rows in range(4) for columns in range(4)}
+    first = sum(T.RandomSelect(lambda *_: (1, 0), lambda *_: (0, 0))(0, 0)[0] for _ in range(4000))
+    assert first == pytest.approx(2000, abs=150)
+
+
+def test_objects_whose_mask_leaves_the_crop_are_dropped_without_boxes_too():
+    masks = torch.zeros(2, 10, 10, dtype=torch.bool)
+    masks[0, :3, :3] = masks[1, 7:, 7:] = True
+    _, after = T.crop(torch.zeros(3, 10, 10), {"masks": masks, "labels": torch.tensor([1, 2])}, (0, 0, 5, 5))
+    assert after["labels"].tolist() == [1] and len(after["masks"]) == 1
+
+
+def test_a_crop_larger_than_the_image_is_refused():
+    for transform in (T.CenterCrop((12, 8)), T.RandomCrop((12, 8))):
+        with pytest.raises(ValueError, match="12 x 8 .* out of 10 x 10"):
+            transform(torch.zeros(3, 10, 10), None)
+
+
+def test_bytes_become_the_floats_that_pil_images_become():
+    pixels = np.arange(5 * 7 * 3, dtype=np.uint8).reshape(5, 7, 3)
+    from_pil, _ = T.ToTensor()(Image.fromarray(pixels), None)
+    from_bytes, _ = T.ToTensor()(torch.from_numpy(pixels).permute(2, 0, 1), None)
+    assert type(from_pil) is torch.Tensor and torch.equal(from_pil, from_bytes)
+    assert torch.equal(from_pil, torch.from_numpy(pixels).permute(2, 0, 1) / 255)

@@ -4,9 +4,10 @@ import argparse
 import hashlib
 import os
 import pickle
+import re
 import socket
 import tempfile
-from pathlib import Path
+from pathlib import Path, PosixPath
 from typing import Any
 
 import torch
@@ -14,8 +15,8 @@ from filelock import FileLock
 
 from util.logger import logger
 
-# Beside tensors and plain Python, the only thing DETR's published files hold.
-ALLOWED = [argparse.Namespace]
+# Beside tensors and plain Python, what DETR's files hold: the flags, and in those of a cluster's runs a path.
+ALLOWED = [argparse.Namespace, (PosixPath, "pathlib.PosixPath")]
 SILENCE = 30  # seconds after which an address that says nothing is given up
 
 
@@ -59,8 +60,10 @@ def load_checkpoint(path_or_url: str | Path) -> dict[str, Any]:
         with torch.serialization.safe_globals(ALLOWED):
             state = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
+        culprit = re.search(r"GLOBAL ([\w.]+)", str(error))
         raise ValueError(
-            f"{name}: refused, since it holds more than tensors and plain Python ({_first_line(error)})"
+            f"{name}: refused, since it holds more than tensors and plain Python "
+            f"({culprit.group(1) if culprit else _first_line(error)})"
         ) from None
     except Exception as error:  # bytes that are no checkpoint can break the reader in any way
         raise ValueError(f"{name}: not a readable checkpoint ({_first_line(error)})") from None
@@ -87,6 +90,12 @@ def load_model(model: torch.nn.Module, state: dict, name: str) -> None:
             "Check the model's flags and --num_classes"
         )
     model.load_state_dict(given)
+
+
+def count_classes(model_state: dict) -> int | None:
+    """Read K off the class head in a model's state dict; None if there is none."""
+    heads = [value for name, value in model_state.items() if name.endswith("class_embed.bias")]
+    return len(heads[0]) - 1 if len(heads) == 1 else None
 
 
 def newest_checkpoint(folder: str | Path) -> Path | None:

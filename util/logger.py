@@ -153,7 +153,7 @@ class MetricLogger:
         return together
 
     def log_every(
-        self, iterable: Iterable, print_freq: int, header: str = "", start: int = 0, in_step: bool = False
+        self, iterable: Iterable, print_freq: int, header: str | None = "", start: int = 0, in_step: bool = False
     ) -> Iterator:
         """Yield from the iterable; print the series every print_freq steps and at the last one.
 
@@ -170,7 +170,7 @@ class MetricLogger:
             step_time.update(time.perf_counter() - before)
             if step % print_freq == 0 or step == steps - 1:
                 eta = timedelta(seconds=int(step_time.global_avg * (steps - 1 - step)))
-                parts = [header, f"[{step:{len(str(steps))}d}/{steps}]", f"eta: {eta}"]
+                parts = [header or "", f"[{step:{len(str(steps))}d}/{steps}]", f"eta: {eta}"]
                 numbers = self.over_processes() if in_step else self
                 parts += [str(numbers)] * bool(self.meters) + [f"time: {step_time}", f"data: {data_time}"]
                 if torch.cuda.is_available():

@@ -42,7 +42,7 @@ def nested_tensor_from_tensor_list(tensor_list: list[Tensor]) -> NestedTensor:
     """Pad images [C, h, w] with zeros to their common height and width.
 
     Takes a list of 3-D tensors, or (outside TorchScript) a 4-D tensor, whose images need no padding.
-    Raises ValueError if an image is not 3-D, or unlike the others in channels or dtype.
+    Raises ValueError if there is no image, or one is not 3-D, or unlike the others in channels or dtype.
     """
     if not torch.jit.is_scripting():
         if isinstance(tensor_list, Tensor):
@@ -53,6 +53,8 @@ def nested_tensor_from_tensor_list(tensor_list: list[Tensor]) -> NestedTensor:
                 (images.shape[0], images.shape[2], images.shape[3]), dtype=torch.bool, device=images.device
             )
             return NestedTensor(images, mask)
+    if len(tensor_list) == 0:
+        raise ValueError("a batch needs at least one image, the list is empty")
     first, height, width = tensor_list[0], 0, 0
     for image in tensor_list:
         if image.dim() != 3 or image.shape[0] != first.shape[0] or image.dtype != first.dtype:

@@ -3,6 +3,7 @@
 import argparse
 import platform
 import random
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -61,6 +62,7 @@ class Run:
             )
         try:
             self.optimizer.load_state_dict(state["optimizer"])
+            _check_moments(self.optimizer)
         except ValueError as error:
             raise ValueError(
                 f"{name}: its optimizer trained other parameters ({error}). --lr_backbone 0, --backbone_norm and "
@@ -71,7 +73,7 @@ class Run:
         self.epoch = state["epoch"] + 1
         self.seen = state.get("seen", 0)
         self.best = state.get("best", -1.0)
-        self._adopt_flags(state.get("args", {}))
+        self._adopt_flags(state)
         processes = state.get("processes", [])
         if len(processes) == get_world_size():
             self.sums = processes[get_rank()]["sums"]
@@ -83,13 +85,8 @@ class Run:
             )
             self.sums = merge_sums([theirs["sums"] for theirs in processes]) if is_main_process() else {}
 
-    def _adopt_flags(self, saved: dict | argparse.Namespace) -> None:
-        saved = saved if isinstance(saved, dict) else vars(saved)
-        changed = {
-            name: f"--{name} {saved[name]} -> {value}"
-            for name, value in vars(self.flags).items()
-            if name in saved and saved[name] != value and name not in ("resume", "output_dir")
-        }
+    def _adopt_flags(self, state: dict) -> None:
+        changed = changed_flags(self.flags, state, vars(self.flags).keys() - {"resume", "output_dir"})
         if changed:
             logger.info(f"flags unlike the checkpoint's hold from here on: {', '.join(changed.values())}")
         if changed.keys() & {"lr", "lr_backbone", "lr_drop", "weight_decay"}:
@@ -105,6 +102,24 @@ class Run:
         state = self.state()
         if is_main_process():
             save_checkpoint(state, *(folder / name for name in names))
+
+
+def _check_moments(optimizer: torch.optim.Optimizer) -> None:
+    """Raise ValueError where an average of gradients has another shape than its parameter."""
+    for parameter, state in optimizer.state.items():
+        if "exp_avg" in state and state["exp_avg"].shape != parameter.shape:
+            raise ValueError(f"an average of shape {list(state['exp_avg'].shape)} for one of {list(parameter.shape)}")
+
+
+def changed_flags(flags: argparse.Namespace, state: dict, names: Collection[str]) -> dict[str, str]:
+    """Say for each of the flags `names` whose value is not a checkpoint's: what it was, and is."""
+    saved = state.get("args", {})
+    saved = saved if isinstance(saved, dict) else vars(saved)
+    return {
+        name: f"--{name} {saved[name]} -> {value}"
+        for name, value in vars(flags).items()
+        if name in names and name in saved and saved[name] != value
+    }
 
 
 def _rng_state() -> dict:
