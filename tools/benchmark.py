@@ -8,8 +8,9 @@ python tools/benchmark.py loader --coco_path /data/coco                # against
 python tools/benchmark.py feed predict --coco_path /data/coco          # images a second: to training, and to boxes
 python tools/benchmark.py index evaluator                              # against pycocotools
 
-Calls of both sides alternate, so that a noisy machine is noisy for both. Times are medians; spread is from quartile to
-quartile; memory is what a call takes at most on top of what was held before it.
+Calls of both sides alternate, so that a noisy machine is noisy for both; only another tree, which needs a process of
+its own, is measured before this one. Times are medians; spread is from quartile to quartile; memory is what a call
+takes at most on top of what was held before it.
 """
 
 import argparse
@@ -31,6 +32,7 @@ NETWORK = ("forward", "train", "split", "criterion", "syncs", "graphs", "cost")
 DATA = ("loader", "feed", "predict", "index", "evaluator")
 
 
+# fmt: off
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Read the flags."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -38,7 +40,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("what", nargs="+", choices=NETWORK + DATA)
     add("--models", nargs="+", default=["resnet50"], help="resnet18, 34, 50, 101; with -dc5 dilated")
     add("--batch", nargs="+", type=int, default=[1, 2], help="images in a batch")
-    add("--size", nargs="+", default=["800x1066"], metavar="HxW", help="sizes of the images, taken in turn in a batch")
+    add("--size", nargs="+", type=picture_size, default=[(800, 1066)], metavar="HxW",
+        help="sizes of the images, taken in turn in a batch")
     add("--queries", type=int, default=100)
     add("--precision", nargs="+", default=["float32"], choices=("float32", "tf32", "bf16", "fp16"))
     add("--compile", action="store_true", help="measure compiled models too")
@@ -55,8 +58,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     options = parser.parse_args(argv)
     if options.peer not in (None, "transformers") and not (Path(options.peer) / "main.py").is_file():
         parser.error(f"--peer {options.peer}: neither transformers nor a folder with a main.py in it")
-    options.size = [tuple(int(side) for side in size.split("x")) for size in options.size]
     return options
+
+
+# fmt: on
+def picture_size(text: str) -> tuple[int, int]:
+    """Read HxW."""
+    height, width = map(int, text.split("x"))
+    return height, width
 
 
 def main() -> None:
@@ -112,8 +121,15 @@ def measurement(what: str):
 
 def run_tree(options: argparse.Namespace):
     """Measure the other tree's network with the same flags, in a process of its own; yield its rows."""
-    words = [word for word in sys.argv[1:] if word not in ("--peer", options.peer, *DATA)]
-    command = [sys.executable, __file__, *words, "--tree", options.peer]
+    what = [word for word in options.what if word in NETWORK]
+    if not what:
+        return iter(())
+    precision = [options.peer_precision or one for one in options.precision]
+    command = [sys.executable, __file__, *what, "--tree", options.peer, "--models", *options.models]
+    command += ["--batch", *options.batch, "--size", *(f"{h}x{w}" for h, w in options.size), "--precision", *precision]
+    command += ["--queries", options.queries, "--device", options.device, "--rounds", options.rounds]
+    command += ["--compile"] * options.compile + ["--threads", options.threads] * bool(options.threads)
+    command = [str(word) for word in command]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
     if done.returncode:
         raise SystemExit(f"{options.peer}: the benchmark did not run there")

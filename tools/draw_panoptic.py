@@ -5,7 +5,6 @@ python tools/draw_panoptic.py runs/masks/panoptic_eval --images DATA/val2017 \
 """
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+from datasets.coco_index import read_json
 from datasets.images import read_image
 from datasets.masks import read_segment_ids
 from util.draw import class_colour, contact_sheet, draw_segments, titled
@@ -33,11 +33,11 @@ def main(argv: list[str] | None = None) -> None:
     file = args.predictions / "predictions.json"
     if not file.is_file():
         raise FileNotFoundError(f"{file}: no such file; an evaluation with --masks on panoptic data writes it")
-    found = json.loads(file.read_text())
+    found = read_panoptic(file)
     names = {c["id"]: c["name"] for c in found["categories"]}
-    truth = json.loads(args.truth.read_text()) if args.truth else {"annotations": [], "images": []}
+    truth = read_panoptic(args.truth) if args.truth else {"annotations": []}
     true_of = {record["image_id"]: record for record in truth["annotations"]}
-    files = {record["id"]: record["file_name"] for record in truth["images"]}
+    files = {record["id"]: record["file_name"] for record in truth.get("images", [])}
 
     pictures = []
     for record in found["annotations"][: args.count]:
@@ -47,12 +47,23 @@ def main(argv: list[str] | None = None) -> None:
         row = [titled(image, name)]
         row.append(titled(segments(image, args.predictions / record["file_name"], record, names), "prediction"))
         if args.truth:
+            if record["image_id"] not in true_of:
+                raise ValueError(f"{args.truth}: no image {record['image_id']}, but {file} has a map of it")
             true = true_of[record["image_id"]]
             folder = args.truth.parent.parent / args.truth.stem  # COCO's layout
             row.append(titled(segments(image, folder / true["file_name"], true, names), "truth"))
         pictures += row
     contact_sheet(pictures, 3 if args.truth else 2).save(args.output)
     print(f"{args.output}: {min(args.count, len(found['annotations']))} images")
+
+
+def read_panoptic(path: Path) -> dict:
+    """Read a file in COCO's panoptic format. Raises FileNotFoundError, or ValueError for one of another."""
+    content = read_json(path)
+    maps = content.get("annotations") if isinstance(content, dict) else None
+    if not isinstance(maps, list) or "categories" not in content or not all("segments_info" in one for one in maps):
+        raise ValueError(f"{path}: not in COCO's panoptic format: it has no categories, or maps without segments_info")
+    return content
 
 
 def segments(image: Image.Image, png: Path, record: dict, names: dict[int, str]) -> Image.Image:

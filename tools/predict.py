@@ -177,11 +177,14 @@ class Folder:
             Image.fromarray(ids).save(self.path / "panoptic" / f"{stem}.png")
             self.panoptic.append({"image_id": image_id, "file_name": f"{stem}.png", "segments_info": found.segments})
 
-    def close(self, title: str) -> None:
-        """Write the files about all images."""
+    def close(self, title: str, names: dict[int, str]) -> None:
+        """Write the files about all images; `names` are those of the classes."""
         (self.path / "predictions.json").write_text(json.dumps(self.records))
         if self.panoptic:
-            (self.path / "panoptic.json").write_text(json.dumps({"annotations": self.panoptic}))
+            kinds = {s["category_id"]: s["isthing"] for record in self.panoptic for s in record["segments_info"]}
+            categories = [{"id": c, "name": names.get(c, str(c)), "isthing": int(thing)} for c, thing in kinds.items()]
+            content = {"annotations": self.panoptic, "categories": categories}
+            (self.path / "panoptic.json").write_text(json.dumps(content))
         if self.figures:
             (self.path / "sheet.html").write_text(page(self.figures, title), encoding="utf-8")
 
@@ -253,7 +256,7 @@ def main(argv: list[str] | None = None) -> int:
         folder.add(path, image_id, found, None if args.show == "none" else found.draw(args.show), text)
         counts.update(found.name(label) for label in found.labels.tolist())
         tqdm.write(f"{path.name:{width}}  {len(found):7}  {text}", file=sys.stdout)
-    folder.close(f"{len(paths) - failed} images, {counts.total()} objects")
+    folder.close(f"{len(paths) - failed} images, {counts.total()} objects", predictor.class_names)
     print("all: " + (", ".join(f"{n} {name}" for name, n in counts.most_common()) or "nothing found"))
     kinds = ", pictures, sheet.html" * bool(folder.figures) + ", panoptic" * bool(folder.panoptic)
     print(f"written: {folder.path}/predictions.json{kinds}")

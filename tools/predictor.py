@@ -25,7 +25,7 @@ from main import get_args_parser
 from models import build_model
 from models.detr import PostProcess
 from models.segmentation import PostProcessSegm
-from util.checkpoint import load_checkpoint, load_model
+from util.checkpoint import count_classes, load_checkpoint, load_model
 from util.dist import pick_device
 from util.draw import class_colour, draw_boxes, draw_masks, draw_segments, fit
 
@@ -135,7 +135,7 @@ class Predictor:
             )
         given = state["args"] if isinstance(state["args"], dict) else vars(state["args"])
         defaults = vars(argparse.ArgumentParser(parents=[get_args_parser()]).parse_args([]))
-        classes = count_classes(state, name)
+        classes = needed_classes(state, name)
         here = {"backbone_weights": "none", "device": "cpu", "num_classes": classes}
         args = argparse.Namespace(**{**defaults, **given, **here})
         model, _, postprocessors = build_model(args)
@@ -150,7 +150,7 @@ class Predictor:
         """Build a published model by its name in hubconf, with the published weights or those of a local `file`."""
         if name not in HUB_NAMES:
             raise ValueError(f"no model {name!r}: choose one of {', '.join(HUB_NAMES)}")
-        classes = count_classes(load_checkpoint(file), str(file)) if file else (250 if "panoptic" in name else 91)
+        classes = needed_classes(load_checkpoint(file), str(file)) if file else (250 if "panoptic" in name else 91)
         entry = getattr(hubconf, name)
         model, read_out = entry(pretrained=file or True, num_classes=classes, return_postprocessor=True)
         postprocessors = {"bbox": read_out}
@@ -217,9 +217,9 @@ def as_tensor(image: str | Path | Image.Image | Tensor) -> Tensor:
     return image if isinstance(image, Tensor) else read_image(image)
 
 
-def count_classes(state: dict, name: str) -> int:
+def needed_classes(state: dict, name: str) -> int:
     """Read K off the class head of a checkpoint. ValueError if it has none, so is of another architecture."""
-    heads = [value for key, value in state["model"].items() if key.endswith("class_embed.bias")]
-    if len(heads) != 1:
+    classes = count_classes(state["model"])
+    if classes is None:
         raise ValueError(f"{name}: no class head 'class_embed' in it; it is of another architecture than DETR")
-    return len(heads[0]) - 1
+    return classes

@@ -41,7 +41,9 @@ def get_args_parser() -> argparse.ArgumentParser:
 def files_of_run(run: Path) -> dict[str, Path]:
     """Where a training's validation data are, by the flags in its checkpoint, and its predictions."""
     state = load_checkpoint(run / "checkpoint.pth")
-    val_set = build_dataset("val", argparse.Namespace(**state["args"]))
+    if not state.get("args"):
+        raise ValueError(f"{run}/checkpoint.pth does not say where its data are: give the four file flags")
+    val_set = build_dataset("val", state["args"])
     return {
         "annotations": val_set.ann_file,
         "images": val_set.img_folder,
