@@ -13,6 +13,7 @@ from torch import nn
 import models
 from models import build_model
 from models.detr import PostProcess
+from models.transformer import Transformer
 from tests.conftest import parse
 from util.nested_tensor import NestedTensor, nested_tensor_from_tensor_list
 
@@ -259,3 +260,10 @@ def test_export_with_batch_height_and_width_free():
 def test_a_mask_is_part_of_the_contract():
     with pytest.raises(AssertionError, match="mask"):
         build()[0](NestedTensor(torch.rand(1, 3, 64, 64), None))
+
+
+def test_the_transformers_matrices_begin_as_xaviers():
+    for name, p in Transformer(64, 8, 1, 1, 128).named_parameters():
+        if p.dim() > 1:
+            assert p.abs().max() <= (6 / sum(p.shape)) ** 0.5 + 1e-6, name
+            assert p.std().item() == pytest.approx((2 / sum(p.shape)) ** 0.5, rel=0.1), name

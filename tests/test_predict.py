@@ -302,3 +302,12 @@ def test_a_run_knows_its_own_files(coco_root, tmp_path):
 def test_a_sheet_without_its_files_ends_in_a_sentence(capsys):
     assert exit_status(lambda: show_predictions.main(["--images", "x"])) == 2
     assert "--annotations is missing: give --run" in capsys.readouterr().err
+
+
+def test_the_flags_of_predict_reach_the_predictor(coco_root, checkpoint, tmp_path, monkeypatch):
+    seen, walk = [], predict.walk
+    monkeypatch.setattr(predict, "walk", lambda predictor, *more: seen.append(predictor) or walk(predictor, *more))
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda _, **how: seen.append(how))
+    flags = f"{coco_root}/val2017 --checkpoint {checkpoint} --output {tmp_path}/o --device cpu"
+    assert predict.main(f"{flags} --min_size 40 --max_size 50 --amp bf16 --compile".split()) == 0
+    assert seen[0] == {"dynamic": True} and (seen[1].min_size, seen[1].max_size, seen[1].amp) == (40, 50, "bf16")
