@@ -47,7 +47,7 @@ from util.plot_utils import draw_curves
 from util.run import Run, changed_flags
 
 # Flags that change the network, but not the shape of any weight.
-SHAPELESS = ("dilation", "nheads", "position_embedding", "pre_norm")
+SHAPELESS = ("dilation", "nheads", "pre_norm")
 
 
 # fmt: off

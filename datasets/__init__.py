@@ -35,8 +35,7 @@ def build_dataset(image_set: str, args) -> Dataset:
     """Build the `train` or `val` part of the dataset that the flags describe.
 
     `args` is any object with the data's flags as attributes, or a dict of them; those DETR did not have may be missing.
-    Raises ValueError
-    or FileNotFoundError for data that cannot be used.
+    Raises ValueError or FileNotFoundError for data that cannot be used.
     """
     args = argparse.Namespace(**args) if isinstance(args, dict) else args
     flag = {name: getattr(args, name, default) for name, default in NEW_FLAGS.items()}

@@ -64,9 +64,12 @@ def _run(module: nn.Module, x: Tensor) -> Tensor:
         for part in module:
             x = _run(part, x)
         return x
-    if type(module) not in (BasicBlock, Bottleneck) or type(module.relu) is not nn.ReLU or _heard(*module.modules()):
+    if type(module) not in (BasicBlock, Bottleneck) or type(module.relu) is not nn.ReLU or _heard(module, module.relu):
         return module(x)
-    shortcut = x if module.downsample is None else _conv_norm(module.downsample, x)
+    if module.downsample is None:
+        shortcut = x
+    else:
+        shortcut = module.downsample(x) if _heard(module.downsample) else _conv_norm(module.downsample, x)
     x = F.relu(_conv_norm((module.conv1, module.bn1), x), inplace=True)
     x = _conv_norm((module.conv2, module.bn2), x)
     if type(module) is Bottleneck:

@@ -57,9 +57,8 @@ class HungarianMatcher(nn.Module):
     def _cost(self, logits: Tensor, boxes: Tensor, targets: list[dict[str, Tensor]]) -> np.ndarray:
         """Cost of every prediction for every object of its image: [L, B, Q, T], images padded to the most objects."""
         labels = pad_sequence([target["labels"] for target in targets], batch_first=True)  # [B, T]
-        objects = pad_sequence(
-            [target["boxes"].float().reshape(-1, 4) for target in targets], batch_first=True
-        )  # [B, T, 4]
+        given = [target["boxes"].float().reshape(-1, 4) for target in targets]  # where none are, maybe without a shape
+        objects = pad_sequence(given, batch_first=True)  # [B, T, 4]
         layers, _, queries, _ = logits.shape
         probability = logits.softmax(-1).gather(3, labels[None, :, None].expand(layers, -1, queries, -1))
         distance = torch.cdist(boxes, objects[None].expand(layers, -1, -1, -1), p=1)
