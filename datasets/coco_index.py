@@ -97,11 +97,8 @@ class _Rows:
         return None
 
     def _image(self, record: dict) -> None:
-        name, height, width = (
-            str(record["file_name"]),
-            whole(record.get("height") or 0),
-            whole(record.get("width") or 0),
-        )
+        name = str(record["file_name"])
+        height, width = whole(record.get("height") or 0), whole(record.get("width") or 0)
         self.image_ids.append(whole(record["id"]))
         self.file_names.append(name)
         self.sizes.extend((height, width))

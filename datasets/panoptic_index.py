@@ -41,12 +41,12 @@ class _Rows:
                 self.map_names.append(name)
                 self.counts.append(count)
             elif "category_id" in record:
-                box = array("f", record["bbox"])
-                area = round(record.get("area", box[2] * box[3]))
+                x, y, w, h = array("f", record["bbox"])
+                area = round(record.get("area", w * h))
                 self.segments.extend(
                     (whole(record["id"]), whole(record["category_id"]), whole(record.get("iscrowd") or 0), area)
                 )
-                self.boxes.extend(box)
+                self.boxes.extend((x, y, w, h))
             elif "file_name" in record and "id" in record:
                 name, height, width = str(record["file_name"]), whole(record["height"]), whole(record["width"])
                 self.image_ids.append(whole(record["id"]))
