@@ -1,51 +1,12 @@
-"""What several tests need: flags, a small COCO dataset, and quiet threads."""
-
-import argparse
-import json
+"""Fixtures shared by all tests, and quiet threads."""
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
-import main
+from tests.helpers import JOB, TINY, write_coco
 
 torch.set_num_threads(1)  # small tensors: more threads would only wait for each other
-
-TINY = (
-    "--device cpu --backbone resnet18 --backbone_weights none --hidden_dim 32 --nheads 4 --dim_feedforward 64 "
-    "--enc_layers 1 --dec_layers 2 --num_queries 8 --min_size 64 --max_size 96 --num_workers 0"
-)
-
-JOB = "--executor local --ngpus 2 --cpus_per_task 1 --mem_gb 2 --num_workers 1 --batch_size 1 --save_every_steps 1"
-
-
-def parse(flags: str = ""):
-    """Flags of a model small enough to train in a test, and more."""
-    return argparse.ArgumentParser(parents=[main.get_args_parser()]).parse_args([*TINY.split(), *flags.split()])
-
-
-def write_coco(root, part, images, annotations, categories=None, sizes=(48, 64)):
-    """Write a dataset in COCO's layout: image ids, and annotations as (image id, category id, box, more)."""
-    folder = root / f"{part}2017"
-    folder.mkdir(parents=True)
-    (root / "annotations").mkdir(exist_ok=True)
-    rng = np.random.default_rng(len(images))
-    height, width = sizes
-    for i in images:
-        pixels = rng.integers(0, 256, (6, 8, 3), dtype=np.uint8).repeat(height // 6, 0).repeat(width // 8, 1)
-        Image.fromarray(pixels).save(folder / f"{i:012}.jpg")
-    records = [
-        {"id": n, "image_id": i, "category_id": c, "bbox": box, "area": box[2] * box[3], "iscrowd": 0, **more}
-        for n, (i, c, box, more) in enumerate(annotations, 1)
-    ]
-    content = {
-        "images": [{"id": i, "file_name": f"{i:012}.jpg", "height": height, "width": width} for i in images],
-        "annotations": records,
-        "categories": categories or [{"id": 1, "name": "cat"}, {"id": 3, "name": "dog"}],
-    }
-    (root / "annotations" / f"instances_{part}2017.json").write_text(json.dumps(content))
-    return content
 
 
 @pytest.fixture
@@ -73,8 +34,3 @@ def job_flags(tmp_path_factory):
     write_coco(root / "coco", "train", range(1, 17), objects, categories)
     write_coco(root / "coco", "val", range(1, 5), objects[:4], categories)
     return f"{TINY} {JOB} --coco_path {root}/coco --epochs 2"
-
-
-def assert_same_weights(a, b):
-    a, b = (torch.load(folder / "checkpoint.pth", weights_only=True)["model"] for folder in (a, b))
-    assert all(torch.equal(value, b[name]) for name, value in a.items())

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from tests.conftest import TINY, assert_same_weights, write_coco
+from tests.helpers import TINY, assert_same_weights, write_coco
 
 STEPS_PER_EPOCH = 8
 SECONDS = 120  # a process that does nothing for so long hangs

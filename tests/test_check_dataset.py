@@ -6,7 +6,7 @@ import shutil
 import pytest
 
 from datasets import build_dataset
-from tests.conftest import parse
+from tests.helpers import parse
 from tools.check_dataset import main
 from util.tool import exit_status
 

@@ -14,7 +14,7 @@ import datasets.transforms as T
 from datasets import build_dataset, get_coco_api_from_dataset
 from datasets.coco import CocoDetection, make_coco_transforms
 from datasets.coco_index import read_coco_index
-from tests.conftest import parse, write_coco
+from tests.helpers import parse, write_coco
 from util.nested_tensor import collate_fn
 
 

@@ -12,37 +12,7 @@ from PIL import Image
 from datasets import build_dataset, get_coco_api_from_dataset
 from datasets.coco import load_coco_api, make_coco_transforms
 from datasets.coco_panoptic import CocoPanoptic, build
-from tests.conftest import parse
-
-CATEGORIES = [
-    {"id": 1, "name": "cat", "isthing": 1},
-    {"id": 2, "name": "dog", "isthing": 1},
-    {"id": 7, "name": "sky", "isthing": 0},
-]
-
-
-def write_panoptic(root, maps, part="val"):
-    """Write maps {image id: (ids [H, W], {segment id: (category, crowd)})} with images of noise, in COCO's layout."""
-    for folder in (f"{part}2017", f"panoptic_{part}2017", "annotations"):
-        (root / folder).mkdir(parents=True, exist_ok=True)
-    images, annotations = [], []
-    for image_id, (ids, classes) in maps.items():
-        ids = np.asarray(ids)
-        noise = np.random.default_rng(image_id).integers(0, 256, (*ids.shape, 3), dtype=np.uint8)
-        Image.fromarray(noise).save(root / f"{part}2017" / f"{image_id}.jpg")
-        colours = np.stack([ids & 255, ids >> 8 & 255, ids >> 16], -1).astype(np.uint8)
-        Image.fromarray(colours).save(root / f"panoptic_{part}2017" / f"{image_id}.png")
-        segments = []
-        for segment, (category, crowd) in classes.items():
-            rows, columns = np.nonzero(ids == segment)
-            x, y = int(columns.min()), int(rows.min())
-            box = [x, y, int(columns.max()) - x + 1, int(rows.max()) - y + 1]
-            segments.append({"id": segment, "category_id": category, "iscrowd": crowd, "bbox": box, "area": len(rows)})
-        height, width = ids.shape
-        images.append({"id": image_id, "file_name": f"{image_id}.jpg", "height": height, "width": width})
-        annotations.append({"image_id": image_id, "file_name": f"{image_id}.png", "segments_info": segments})
-    content = {"images": images, "annotations": annotations, "categories": CATEGORIES}
-    (root / "annotations" / f"panoptic_{part}2017.json").write_text(json.dumps(content))
+from tests.helpers import parse, write_panoptic
 
 
 def scene():

@@ -5,8 +5,7 @@ import torch.nn.functional as F
 from models import build_model
 from models.criterion import SetCriterion, weights_for_layers
 from models.matcher import HungarianMatcher
-from tests.conftest import parse
-from tests.test_matcher import scene
+from tests.helpers import matching_scene, parse
 from util.box_ops import box_cxcywh_to_xyxy, generalized_box_iou
 
 CLASSES = 4
@@ -47,7 +46,7 @@ def written_out(logits, boxes, targets, indices):
 
 @pytest.mark.parametrize("sizes", [(3, 0, 2), (1,), (0, 0), (7, 2)])
 def test_every_layer_equals_the_loss_written_out(sizes):
-    logits, boxes, targets = scene(sizes=sizes, layers=3)
+    logits, boxes, targets = matching_scene(sizes=sizes, layers=3)
     losses = criterion()(outputs_of(logits, boxes), targets)
     matcher = HungarianMatcher(1, 5, 2)
     for suffix, layer in (("", 2), ("_0", 0), ("_1", 1)):
@@ -58,7 +57,7 @@ def test_every_layer_equals_the_loss_written_out(sizes):
 
 
 def test_class_error_counts_matched_slots_only():
-    logits, boxes, targets = scene(sizes=(2,), layers=1)
+    logits, boxes, targets = matching_scene(sizes=(2,), layers=1)
     (queries, objects) = HungarianMatcher(1, 5, 2)({"pred_logits": logits[0], "pred_boxes": boxes[0]}, targets)[0]
     right = logits[0, 0, queries].argmax(-1) == targets[0]["labels"][objects]
     losses = criterion()(outputs_of(logits, boxes), targets)
@@ -66,7 +65,7 @@ def test_class_error_counts_matched_slots_only():
 
 
 def test_a_batch_without_objects_trains_only_no_object():
-    logits, boxes, targets = scene(sizes=(0, 0), layers=2)
+    logits, boxes, targets = matching_scene(sizes=(0, 0), layers=2)
     logits.requires_grad_(), boxes.requires_grad_()
     losses = criterion()(outputs_of(logits, boxes), targets)
     sum(losses[name] for name in ("loss_ce", "loss_bbox", "loss_giou", "loss_ce_0")).backward()
@@ -75,7 +74,7 @@ def test_a_batch_without_objects_trains_only_no_object():
 
 
 def test_half_precision_outputs_are_compared_in_float32():
-    logits, boxes, targets = scene()
+    logits, boxes, targets = matching_scene()
     losses = criterion()(outputs_of(logits.bfloat16(), boxes.bfloat16()), targets)
     assert all(value.dtype == torch.float32 for value in losses.values())
 
@@ -85,7 +84,7 @@ def test_a_matcher_of_ones_own_is_asked_layer_by_layer():
         def forward(self, outputs, targets):
             return [(torch.arange(len(t["labels"])), torch.arange(len(t["labels"]))) for t in targets]
 
-    logits, boxes, targets = scene(layers=2)
+    logits, boxes, targets = matching_scene(layers=2)
     losses = SetCriterion(CLASSES, First(), {}, 0.1, ["boxes"])(outputs_of(logits, boxes), targets)
     by_hand = sum((boxes[0, i, : len(t["boxes"])] - t["boxes"]).abs().sum() for i, t in enumerate(targets)) / 5
     torch.testing.assert_close(losses["loss_bbox_0"], by_hand)
@@ -102,7 +101,7 @@ def test_one_copy_to_the_cpu_for_six_layers(monkeypatch):
             return _original(self, *args, **kwargs)
 
         monkeypatch.setattr(torch.Tensor, name, watched)
-    logits, boxes, targets = scene(layers=6)
+    logits, boxes, targets = matching_scene(layers=6)
     criterion()(outputs_of(logits, boxes), targets)
     assert copies == ["cpu"]
 
@@ -134,14 +133,14 @@ def test_what_a_subclass_says_holds():
             assert set(outputs) == {"pred_logits", "pred_boxes"}
             return [([4], [0]) for _ in targets]
 
-    logits, boxes, targets = scene(sizes=(1, 1), layers=2)
+    logits, boxes, targets = matching_scene(sizes=(1, 1), layers=2)
     losses = Own(CLASSES, Last(), {}, 0.1, ["boxes", "sizes"])(outputs_of(logits, boxes), targets)
     assert losses["loss_bbox"] == 1 and losses["loss_bbox_0"] == 2
     torch.testing.assert_close(losses["loss_size"], boxes[1, :, 4, 2:].sum())
 
 
 def test_an_image_without_objects_may_have_boxes_without_a_shape():
-    logits, boxes, targets = scene(sizes=(2, 0))
+    logits, boxes, targets = matching_scene(sizes=(2, 0))
     expected = criterion()(outputs_of(logits, boxes), targets)
     targets[1]["boxes"] = torch.as_tensor([])
     torch.testing.assert_close(criterion()(outputs_of(logits, boxes), targets), expected)

@@ -14,7 +14,7 @@ import models
 from models import build_model
 from models.detr import PostProcess
 from models.transformer import Transformer
-from tests.conftest import parse
+from tests.helpers import parse
 from util.nested_tensor import NestedTensor, nested_tensor_from_tensor_list
 
 DATA = Path(__file__).parent / "data"

@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 import engine
 from models import build_model
-from tests.conftest import parse
+from tests.helpers import parse
 from util.nested_tensor import nested_tensor_from_tensor_list
 
 GPU = torch.device("cuda", 0)

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import main
-from tests.conftest import TINY, assert_same_weights, parse
+from tests.helpers import TINY, assert_same_weights, parse
 
 
 def launch(words: list[str], processes: int = 2, **environment) -> subprocess.CompletedProcess:
@@ -34,7 +34,7 @@ def run_together(flags: str, processes: int = 2) -> str:
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """Data, flags without batch size, and a checkpoint trained by two processes."""
-    from tests.conftest import write_coco
+    from tests.helpers import write_coco
 
     root = tmp_path_factory.mktemp("together")
     objects = [(i, c, [4 * i - 40, 4, 20, 30], {}) for i in (11, 12, 13, 14) for c in (1, 3)]

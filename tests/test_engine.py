@@ -9,7 +9,7 @@ from torch import nn
 import main
 from engine import evaluate, train_one_epoch
 from models import build_model
-from tests.conftest import parse
+from tests.helpers import parse
 from util.nested_tensor import nested_tensor_from_tensor_list
 
 

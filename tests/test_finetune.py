@@ -5,7 +5,7 @@ import torch
 
 import main
 from models import build_model
-from tests.conftest import parse
+from tests.helpers import parse
 from util.checkpoint import load_checkpoint, save_checkpoint
 from util.finetune import finetune
 

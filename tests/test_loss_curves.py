@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.conftest import parse
+from tests.helpers import parse
 from tests.loss_curves import curve
 
 

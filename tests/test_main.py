@@ -13,7 +13,7 @@ import torch
 
 import engine
 import main
-from tests.conftest import TINY, parse
+from tests.helpers import TINY, parse
 from util.interruption import SIGNALS
 
 DATA = Path(__file__).parent / "data"
@@ -57,7 +57,7 @@ def log_of(folder):
 def finished(tmp_path_factory):
     """A run of three epochs, and its flags."""
     root = tmp_path_factory.mktemp("run")
-    from tests.conftest import write_coco
+    from tests.helpers import write_coco
 
     objects = [(11, 1, [4, 4, 20, 30], {}), (11, 3, [30, 10, 25, 25], {}), (12, 1, [10, 5, 30, 30], {})]
     write_coco(root / "coco", "train", [11, 12, 13, 14], objects)
@@ -237,7 +237,7 @@ def test_convolutions_keep_their_digits_unless_tf32_is_asked_for(finished):
 
 
 def test_without_padding_batch_size_does_not_change_the_predictions(finished, tmp_path):
-    from tests.conftest import write_coco
+    from tests.helpers import write_coco
 
     root, flags = finished
     for part, ids, sizes in (("train", [1, 2], (48, 64)), ("val", [1, 2, 3], (48, 64))):

@@ -14,7 +14,7 @@ from datasets.coco_eval import CocoEvaluator
 from datasets.masks import decode_mask, read_segment_ids
 from datasets.shapes import generate
 from engine import evaluate
-from tests.conftest import parse
+from tests.helpers import parse
 from util.checkpoint import load_checkpoint
 
 HEAD = "--hidden_dim 128 --nheads 8 --dataset_file shapes_panoptic --shapes_classes 2"

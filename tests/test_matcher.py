@@ -4,19 +4,8 @@ import pytest
 import torch
 
 from models.matcher import HungarianMatcher
+from tests.helpers import matching_scene
 from util.box_ops import box_cxcywh_to_xyxy, generalized_box_iou
-
-
-def scene(queries=5, sizes=(3, 0, 2), layers=2, classes=4, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    logits = torch.randn(layers, len(sizes), queries, classes + 1, generator=generator)
-    boxes = torch.rand(layers, len(sizes), queries, 4, generator=generator) * 0.3 + 0.2
-    targets = [
-        {"labels": torch.randint(0, classes, (n,), generator=generator),
-         "boxes": torch.rand(n, 4, generator=generator) * 0.3 + 0.2}
-        for n in sizes
-    ]  # fmt: skip
-    return logits, boxes, targets
 
 
 def cost_of(logits, boxes, target, weights):
@@ -31,7 +20,7 @@ def cost_of(logits, boxes, target, weights):
 
 def test_equals_trying_every_assignment():
     weights = (1.0, 5.0, 2.0)
-    logits, boxes, targets = scene()
+    logits, boxes, targets = matching_scene()
     layers = HungarianMatcher(*weights).match_layers(logits, boxes, targets)
     for layer in range(2):
         for i, target in enumerate(targets):
@@ -45,7 +34,7 @@ def test_equals_trying_every_assignment():
 
 
 def test_one_layer_is_the_same_as_that_layer_among_many_and_an_image_as_in_its_batch():
-    logits, boxes, targets = scene()
+    logits, boxes, targets = matching_scene()
     matcher = HungarianMatcher(1, 5, 2)
     together = matcher.match_layers(logits, boxes, targets)
     alone = matcher({"pred_logits": logits[1], "pred_boxes": boxes[1]}, targets)
@@ -55,25 +44,25 @@ def test_one_layer_is_the_same_as_that_layer_among_many_and_an_image_as_in_its_b
 
 
 def test_more_objects_than_queries():
-    logits, boxes, targets = scene(queries=2, sizes=(5,))
+    logits, boxes, targets = matching_scene(queries=2, sizes=(5,))
     queries, objects = HungarianMatcher().match_layers(logits, boxes, targets)[0][0]
     assert queries.tolist() == [0, 1] and len(set(objects.tolist())) == 2
 
 
 def test_a_batch_without_objects():
-    logits, boxes, targets = scene(sizes=(0, 0))
+    logits, boxes, targets = matching_scene(sizes=(0, 0))
     assert all(len(q) == len(t) == 0 for q, t in HungarianMatcher().match_layers(logits, boxes, targets)[0])
 
 
 def test_predictions_that_are_not_finite_still_match_so_that_the_loss_can_tell():
-    logits, boxes, targets = scene()
+    logits, boxes, targets = matching_scene()
     boxes[:] = float("nan")
     queries, _ = HungarianMatcher().match_layers(logits, boxes, targets)[0][0]
     assert len(queries) == 3
 
 
 def test_the_cost_crosses_to_the_cpu_once(monkeypatch):
-    logits, boxes, targets = scene(layers=6)
+    logits, boxes, targets = matching_scene(layers=6)
     copies = []
     original = torch.Tensor.cpu
     monkeypatch.setattr(torch.Tensor, "cpu", lambda self: copies.append(self.shape) or original(self))

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from datasets.panoptic_eval import PanopticEvaluator, panoptic_quality
-from tests.test_coco_panoptic import CATEGORIES, write_panoptic
+from tests.helpers import PANOPTIC_CATEGORIES, write_panoptic
 
 
 def png(ids):
@@ -83,7 +83,7 @@ def test_a_map_of_nothing_is_valid_and_misses_everything(truth):
 
 
 def test_classes_that_never_occur_do_not_count():
-    categories = {c["id"]: c for c in CATEGORIES}
+    categories = {c["id"]: c for c in PANOPTIC_CATEGORIES}
     result = panoptic_quality([{1: np.array([0.8, 1, 0, 0])}], categories)
     assert result["All"] == result["Things"] == {"pq": 0.8, "sq": 0.8, "rq": 1.0, "n": 1} and result["Stuff"]["n"] == 0
 

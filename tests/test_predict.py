@@ -12,7 +12,7 @@ from PIL import Image
 import hubconf
 import main as training
 from models import build_model
-from tests.conftest import parse
+from tests.helpers import parse
 from tools import draw_panoptic, predict, show_predictions
 from tools.predictor import Predictor
 from util.checkpoint import save_checkpoint

@@ -10,7 +10,7 @@ from PIL import Image
 from datasets import coco
 from datasets.coco_eval import CocoEvaluator
 from models import build_model
-from tests.conftest import parse
+from tests.helpers import parse
 from util.nested_tensor import collate_fn
 
 ROOT = os.environ.get("DETR_TEST_COCO")

@@ -13,7 +13,7 @@ from torch import nn
 from models import build_model
 from models.panoptic import PostProcessPanoptic
 from models.segmentation import MaskHeadSmallConv, MHAttentionMap, PostProcessSegm, dice_loss, sigmoid_focal_loss
-from tests.conftest import parse
+from tests.helpers import parse
 from util.nested_tensor import nested_tensor_from_tensor_list
 
 SMALL = "--masks --num_classes 5 --hidden_dim 128 --nheads 8 --dropout 0"

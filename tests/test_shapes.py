@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 
 from datasets import build_dataset, shapes
-from tests.conftest import parse
+from tests.helpers import parse
 
 
 def files(root):

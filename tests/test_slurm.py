@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from tests.conftest import assert_same_weights
+from tests.helpers import assert_same_weights
 
 pytestmark = pytest.mark.skipif(
     "DETR_TEST_SLURM" not in os.environ, reason="needs a Slurm to submit to: `make test-slurm` starts one"

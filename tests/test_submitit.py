@@ -10,7 +10,7 @@ import pytest
 import submitit
 
 import run_with_submitit
-from tests.conftest import assert_same_weights
+from tests.helpers import assert_same_weights
 
 
 def job_of(flags):

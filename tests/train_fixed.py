@@ -14,7 +14,7 @@ from datasets.batches import TrainBatches
 from engine import train_one_epoch
 from main import build_run, distribute
 from models import build_model
-from tests.conftest import parse
+from tests.helpers import parse
 from util.dist import all_gather, get_rank, get_world_size, process_group
 from util.logger import merge_sums
 from util.nested_tensor import collate_fn
