@@ -4,12 +4,12 @@ model = torch.hub.load(FOLDER_OR_REPO, "detr_resnet50", pretrained=True)        
 
 Every entry point takes `pretrained`: False (random weights, nothing is downloaded), True (the published weights, from
 torch.hub's cache or else their address, the hash in their name checked), or the path or URL of a checkpoint file in
-DETR's format. With another `num_classes` than the checkpoint's everything but the class head is kept, and it is said.
-The models come in training mode: call `eval()` before use. `model.aux_loss = True` makes them return the earlier
-decoder layers' outputs too, which a loss wants.
+DETR's format. With another `num_classes` than the checkpoint's, the class head is re-initialised and all else is kept,
+which is logged. The models come in training mode: call `eval()` before use. `model.aux_loss = True` makes them return
+the earlier decoder layers' outputs too, for training.
 
-Inputs are images [3, H, W], in a list or as a batch [B, 3, H, W]: uint8 RGB as they are, or floating, scaled to 0..1
-and normalised with ImageNet's mean and deviation. The figures below were published with an 800-pixel shortest side.
+Inputs are images [3, H, W], in a list or as a batch [B, 3, H, W]: uint8 RGB, or floating, scaled to 0..1 and
+normalised with ImageNet's mean and deviation. The figures below were published with an 800-pixel shortest side.
 """
 
 from torch import nn
@@ -58,8 +58,8 @@ def detr_resnet50_panoptic(
 ):
     """DETR R50 with the mask head: COCO val5k PQ 43.4, mask AP 31.1; 43 M parameters.
 
-    Returns the model, or (model, PostProcessPanoptic) with `return_postprocessor`; segments below `threshold` are left
-    out of its read-out. Outputs as `detr_resnet50`'s and `pred_masks` [B, 100, h, w] at a quarter of the input's size.
+    Returns the model, or (model, PostProcessPanoptic) with `return_postprocessor`, which leaves out segments that score
+    below `threshold`. Outputs as `detr_resnet50`'s and `pred_masks` [B, 100, h, w] at a quarter of the input's size.
     """
     file = "detr-r50-panoptic-00ce5173.pth"
     return _segmenter("resnet50", False, file, pretrained, num_classes, threshold, return_postprocessor)
@@ -82,7 +82,7 @@ def detr_resnet101_panoptic(
 
 
 def _detector(backbone: str, dilation: bool, file: str, pretrained, num_classes: int, return_postprocessor: bool):
-    model = _detr(backbone, dilation, num_classes, masks=False)
+    model = _make_detr(backbone, dilation, num_classes)
     _load(model, file, pretrained)
     return (model, PostProcess()) if return_postprocessor else model
 
@@ -90,18 +90,20 @@ def _detector(backbone: str, dilation: bool, file: str, pretrained, num_classes:
 def _segmenter(
     backbone: str, dilation: bool, file: str, pretrained, num_classes: int, threshold: float, return_postprocessor: bool
 ):
-    model = DETRsegm(_detr(backbone, dilation, num_classes, masks=True))
+    model = _make_detr(backbone, dilation, num_classes, mask=True)
     _load(model, file, pretrained)
     is_thing = {i: i <= LAST_THING for i in range(num_classes)}
     return (model, PostProcessPanoptic(is_thing, threshold)) if return_postprocessor else model
 
 
-def _detr(backbone: str, dilation: bool, num_classes: int, masks: bool) -> DETR:
-    # Weights "none": a checkpoint brings the backbone's too, so none are ever downloaded to be overwritten.
-    body = Backbone(backbone, train_backbone=True, return_interm_layers=masks, dilation=dilation, weights="none")
+def _make_detr(backbone_name: str, dilation: bool = False, num_classes: int = 91, mask: bool = False) -> nn.Module:
+    """Build DETR with 100 queries, or with `mask` DETRsegm; the weights are random."""
+    # Weights "none": a checkpoint has the backbone's too, so nothing is downloaded only to be overwritten.
+    body = Backbone(backbone_name, train_backbone=True, return_interm_layers=mask, dilation=dilation, weights="none")
     transformer = Transformer(d_model=256, return_intermediate_dec=True)
     positions = PositionEmbeddingSine(transformer.d_model // 2, normalize=True)
-    return DETR(Joiner(body, positions), transformer, num_classes, num_queries=100)
+    detr = DETR(Joiner(body, positions), transformer, num_classes, num_queries=100)
+    return DETRsegm(detr) if mask else detr
 
 
 def _load(model: nn.Module, file: str, pretrained) -> None:

@@ -1,22 +1,33 @@
 """A ResNet that returns feature maps with their padding masks and positions."""
 
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-import torchvision
 from torch import Tensor, nn
-from torchvision.models.resnet import BasicBlock, Bottleneck
-from torchvision.ops.misc import FrozenBatchNorm2d
+from util.flags import with_defaults
 
+from models.position_encoding import build_position_encoding
+from models.resnet import FrozenBatchNorm2d, build_resnet
+from util.dist import is_main_process
 from util.logger import logger
 from util.nested_tensor import NestedTensor
 
-__all__ = ["Backbone", "BackboneBase", "FrozenBatchNorm2d", "Joiner", "load_backbone_weights"]
+__all__ = [
+    "Backbone",
+    "BackboneBase",
+    "FrozenBatchNorm2d",
+    "Joiner",
+    "NestedTensor",
+    "build_backbone",
+    "build_position_encoding",
+    "is_main_process",
+    "load_backbone_weights",
+]
 
-BACKBONES = ("resnet18", "resnet34", "resnet50", "resnet101")
 PIXEL_MEAN, PIXEL_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+# Without AVX-512 the backward pass of convolutions on a CPU is slower with channels last; everywhere else it is faster.
+CONTIGUOUS_TRAINING = torch.backends.cpu.get_cpu_capability() in ("DEFAULT", "AVX2")
 
 
 class _Body(nn.ModuleDict):
@@ -29,61 +40,14 @@ class _Body(nn.ModuleDict):
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         features: dict[str, Tensor] = {}
         for name, module in self.items():
-            if torch.jit.is_scripting():
-                x = module(x)
-            elif name == "conv1":
-                x = _conv_norm((module, self["bn1"]), x)
-            elif name != "bn1":
-                x = _run(module, x)
+            x = module(x)
             if name in self.return_layers:
                 features[self.return_layers[name]] = x
         return features
 
 
-def _conv_norm(parts: Sequence[nn.Module], x: Tensor) -> Tensor:
-    """A convolution and its norm; a frozen norm is an affine, and is folded into the convolution's own.
-
-    That spares a pass over the feature map, the larger of the two by far, and trains the same weights.
-    """
-    if [type(part) for part in parts] != [nn.Conv2d, FrozenBatchNorm2d] or parts[0].bias is not None or _heard(*parts):
-        for part in parts:
-            x = part(x)
-        return x
-    conv, norm = parts
-    scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
-    weight, bias = conv.weight * scale[:, None, None, None], norm.bias - norm.running_mean * scale
-    return F.conv2d(x, weight, bias.to(weight.dtype), conv.stride, conv.padding, conv.dilation, conv.groups)
-
-
-def _run(module: nn.Module, x: Tensor) -> Tensor:
-    """Run a part of a ResNet as torchvision does, but for the folded norms.
-
-    A part that is not plainly torchvision's (a block, an activation of your own), or has a hook on it, runs itself.
-    """
-    if type(module) is nn.Sequential and not _heard(module):
-        for part in module:
-            x = _run(part, x)
-        return x
-    if type(module) not in (BasicBlock, Bottleneck) or type(module.relu) is not nn.ReLU or _heard(module, module.relu):
-        return module(x)
-    if module.downsample is None:
-        shortcut = x
-    else:
-        shortcut = module.downsample(x) if _heard(module.downsample) else _conv_norm(module.downsample, x)
-    x = F.relu(_conv_norm((module.conv1, module.bn1), x), inplace=True)
-    x = _conv_norm((module.conv2, module.bn2), x)
-    if type(module) is Bottleneck:
-        x = _conv_norm((module.conv3, module.bn3), F.relu(x, inplace=True))
-    return F.relu(x.add_(shortcut), inplace=True)
-
-
-def _heard(*modules: nn.Module) -> bool:
-    """Whether a hook listens to one of them."""
-    return any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks for m in modules)
-
-
 class BackboneBase(nn.Module):
-    """Wraps a torchvision-style ResNet: normalises raw pixels, returns features with masks of their size.
+    """Wraps a torchvision-style ResNet: returns features with padding masks of their size.
 
     Of `backbone`, layer2 to layer4 train when `train_backbone` is true; the stem and layer1 never do. The features are
     layer4's, `num_channels` at stride 32 (16 if dilated), or those of all four layers with `return_interm_layers`.
@@ -98,34 +62,30 @@ class BackboneBase(nn.Module):
             return_layers = {f"layer{i + 1}": str(i) for i in range(4)}
         else:
             return_layers = {"layer4": "0"}
-        # Convolutions run faster with channels last; the values and the state dict do not change.
-        self.body = _Body(backbone, return_layers).to(memory_format=torch.channels_last)
+        self.body = _Body(backbone, return_layers)
         self.num_channels = num_channels
-        self.register_buffer("pixel_mean", torch.tensor(PIXEL_MEAN)[:, None, None], persistent=False)
-        self.register_buffer("pixel_std", torch.tensor(PIXEL_STD)[:, None, None], persistent=False)
+        self.contiguous_training = CONTIGUOUS_TRAINING
 
     def forward(self, tensor_list: NestedTensor) -> dict[str, NestedTensor]:
-        """Images [B, 3, H, W], raw (uint8) or already normalised (floating) -> name: features [B, C, h, w], masks."""
+        """Normalised images [B, 3, H, W] -> {name: features [B, C, h, w] with their mask}."""
         mask = tensor_list.mask
         assert mask is not None, "the backbone needs the padding mask of its images"
         images = tensor_list.tensors
-        if images.dtype == torch.uint8:
-            images = ((images.float() / 255 - self.pixel_mean) / self.pixel_std).masked_fill(mask[:, None], 0.0)
-            images = images.to(self.pixel_mean.dtype)  # the model's, which may be half
-        features = self.body(images.contiguous(memory_format=torch.channels_last))
+        if not (self.training and self.contiguous_training and images.device.type == "cpu"):
+            images = images.contiguous(memory_format=torch.channels_last)
         out: dict[str, NestedTensor] = {}
-        for name, feature in features.items():
+        for name, feature in self.body(images).items():
             small = F.interpolate(mask[:, None].float(), size=feature.shape[-2:], mode="nearest")
             out[name] = NestedTensor(feature, small[:, 0] > 0.5)
         return out
 
 
 class Backbone(BackboneBase):
-    """A ResNet by name (resnet18, 34, 50 or 101).
+    """A torchvision ResNet by name (resnet18 ... resnet152, resnext50_32x4d, wide_resnet50_2 ...).
 
-    `dilation` keeps layer4 at stride 16 ("DC5"; only 50 and 101 can). `weights` is "imagenet" (torchvision's V1),
+    `dilation` keeps layer4 at stride 16 ("DC5"; not for resnet18 and 34). `weights` is "imagenet" (torchvision's V1),
     "none" (random) or the path of a state dict in torchvision's names. `norm` is "frozen" (statistics and affine of
-    the loaded weights, never trained) or "batch": live batch norm, and every layer trains, for a start from nothing.
+    the loaded weights, never trained) or "batch": live batch norm, and every layer trains, to train from scratch.
     """
 
     def __init__(
@@ -137,29 +97,18 @@ class Backbone(BackboneBase):
         weights: str = "imagenet",
         norm: str = "frozen",
     ):
-        if name not in BACKBONES:
-            raise ValueError(f"no backbone {name!r}: choose one of {', '.join(BACKBONES)}")
-        if dilation and name in ("resnet18", "resnet34"):
-            raise ValueError(
-                f"{name} cannot be dilated (its blocks have no dilation): use resnet50 or resnet101 for DC5"
-            )
         if norm not in ("frozen", "batch"):
             raise ValueError(f"no backbone norm {norm!r}: choose frozen or batch")
         try:
-            resnet = getattr(torchvision.models, name)(
-                replace_stride_with_dilation=[False, False, dilation],
-                weights="IMAGENET1K_V1" if weights == "imagenet" else None,
-                norm_layer=FrozenBatchNorm2d if norm == "frozen" else nn.BatchNorm2d,
-            )
+            resnet = build_resnet(name, dilation, pretrained=weights == "imagenet", frozen=norm == "frozen")
         except OSError as error:
             raise OSError(
                 f"ImageNet weights of {name} could not be downloaded ({error}); "
-                "give --backbone_weights the path of a local copy, or none"
+                "give the path of a local copy as backbone weights, or none"
             ) from error
         if weights not in ("imagenet", "none"):
             load_backbone_weights(resnet, weights)
-        num_channels = 512 if name in ("resnet18", "resnet34") else 2048
-        super().__init__(resnet, train_backbone, num_channels, return_interm_layers)
+        super().__init__(resnet, train_backbone, resnet.fc.in_features, return_interm_layers)
         if norm == "batch" and train_backbone:
             self.body.requires_grad_(True)
 
@@ -167,8 +116,8 @@ class Backbone(BackboneBase):
 def load_backbone_weights(resnet: nn.Module, path: str) -> None:
     """Load the entries of a state dict file that fit `resnet` by name and shape, and log those that do not.
 
-    A norm whose convolution is missing from the file is left as it was made: its statistics belong to the weights that
-    are not there. Raises FileNotFoundError, or ValueError if nothing fits.
+    A norm whose convolution is missing from the file keeps its initial values: its statistics belong to the missing
+    weights. Raises FileNotFoundError, or ValueError if nothing fits.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"backbone weights {path!r}: no such file; give a path, 'imagenet' or 'none'")
@@ -183,24 +132,62 @@ def load_backbone_weights(resnet: nn.Module, path: str) -> None:
     if len(missing) == sum(not name.startswith("fc.") for name in own):
         raise ValueError(f"backbone weights {path!r}: no entry fits this ResNet by name and shape")
     resnet.load_state_dict(fits, strict=False)
-    logger.info(
-        f"backbone weights {path}: {len(fits)} entries loaded"
-        + (f"; left as initialised: {', '.join(missing)}" if missing else "")
-    )
+    logger.info(f"backbone weights {path}: {len(fits)} entries loaded")
+    if missing:
+        logger.info(f"backbone entries that keep their initial values: {', '.join(missing)}")
 
 
 class Joiner(nn.Sequential):
-    """The backbone and the position encoding of its features, as one module."""
+    """A backbone and the position encoding of its features, as one module.
+
+    The backbone is any module with `num_channels` that maps a NestedTensor of normalised images to
+    {name: NestedTensor of features}, finest first.
+    """
 
     def __init__(self, backbone: nn.Module, position_embedding: nn.Module):
         super().__init__(backbone, position_embedding)
         self.num_channels = backbone.num_channels
+        self.register_buffer("pixel_mean", torch.tensor(PIXEL_MEAN)[:, None, None], persistent=False)
+        self.register_buffer("pixel_std", torch.tensor(PIXEL_STD)[:, None, None], persistent=False)
 
     def forward(self, tensor_list: NestedTensor) -> tuple[list[NestedTensor], list[Tensor]]:
-        """Images -> the feature maps, finest first, and their position encodings [B, C, h, w]."""
+        """Images [B, 3, H, W], uint8 or normalised -> the feature maps, finest first, and positions [B, C, h, w]."""
         features: list[NestedTensor] = []
         positions: list[Tensor] = []
-        for _, feature in self[0](tensor_list).items():
+        for _, feature in self[0](self._normalize(tensor_list)).items():
             features.append(feature)
             positions.append(self[1](feature).to(feature.tensors.dtype))
         return features, positions
+
+    def _normalize(self, samples: NestedTensor) -> NestedTensor:
+        """Normalise uint8 RGB with ImageNet's mean and deviation and zero the padding; floating images stay."""
+        images, mask = samples.decompose()
+        if images.dtype != torch.uint8:
+            return samples
+        images = (images.float() / 255 - self.pixel_mean) / self.pixel_std
+        if mask is not None:
+            images = images.masked_fill(mask[:, None], 0.0)
+        return NestedTensor(images.to(self.pixel_mean.dtype), mask)  # the model's type, which may be half precision
+
+
+# Flags that the reference does not have, and their values for callers without them.
+NEW_FLAGS = {"backbone_weights": "imagenet", "backbone_norm": "frozen"}
+
+
+def build_backbone(args) -> Joiner:
+    """Build backbone and position encoding from the flags. Raises OSError if ImageNet weights cannot be downloaded.
+
+    A caller whose `args` has no `backbone_weights` mostly loads a whole checkpoint next: it gets random weights and a
+    warning instead of the OSError.
+    """
+    flags = with_defaults(args, NEW_FLAGS)
+    position_embedding = build_position_encoding(args)
+    sizes = (flags.backbone, flags.lr_backbone > 0, flags.masks, flags.dilation)
+    try:
+        backbone = Backbone(*sizes, weights=flags.backbone_weights, norm=flags.backbone_norm)
+    except OSError as error:
+        if hasattr(args, "backbone_weights"):
+            raise
+        logger.warning(f"{error}; the backbone is random until a checkpoint is loaded into the model")
+        backbone = Backbone(*sizes, weights="none", norm=flags.backbone_norm)
+    return Joiner(backbone, position_embedding)

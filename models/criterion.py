@@ -1,61 +1,37 @@
-"""The set loss: match predictions to objects, then compare what was matched, at every decoder layer.
+"""The set loss: match predictions to objects, then compare the matched pairs, at every decoder layer.
 
-Shapes: L decoder layers (the last one first), B images, Q queries, K classes (index K is "no object"), N matched pairs
-in the whole batch (the same number at each layer). Boxes are cxcywh in 0..1.
+Shapes: B images, Q queries, K classes (index K is "no object"), N matched pairs in the batch, T objects in an image.
+Boxes are cxcywh in 0..1.
 """
-
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.matcher import HungarianMatcher
+from models.matcher import HungarianMatcher, Indices
 from models.segmentation import dice_loss, sigmoid_focal_loss
 from util.box_ops import box_cxcywh_to_xyxy, elementwise_giou
-from util.dist import mean_over_processes
+from util.dist import get_world_size, mean_over_processes
+from util.metrics import accuracy
 
-
-@dataclass
-class Matched:
-    """Predictions of L layers and the objects they answer, as the losses want them."""
-
-    logits: Tensor  # [L, B, Q, K+1]
-    boxes: Tensor  # [L, B, Q, 4]
-    layer: Tensor  # [L, 1], the first index of a matched prediction
-    image: Tensor  # [L, N], the second
-    query: Tensor  # [L, N], the third
-    labels: Tensor  # [L, N], class of the object answered
-    target_boxes: Tensor  # [L, N, 4], box of the object answered
-    sizes: list[int]  # objects in each image
-    num_boxes: Tensor | float  # objects per process, at least 1: what sums over pairs are divided by
-    masks: Tensor | None = None  # [N, h, w], logits of the last layer's matched masks, if there are masks
-    target_masks: Tensor | None = None  # [N, H, W] bool, masks of the objects they answer, padded
-
-    def of_pairs(self, predictions: Tensor) -> Tensor:
-        """Pick the matched ones of predictions [L, B, Q, ...] -> [L, N, ...]."""
-        return predictions[self.layer, self.image, self.query]
+LAST_LAYER_ONLY = ("masks",)  # losses that are not computed for the earlier decoder layers
 
 
 class SetCriterion(nn.Module):
     """DETR's loss (paper, section 3.1): cross-entropy, L1 and generalized IoU over the best assignment of each layer.
 
-    `losses` names the methods to run, out of LOSSES; each takes a Matched and returns named values, one for every
-    layer. The weights of `weight_dict` are not applied here: training sums `losses[name] * weight_dict[name]` over the
-    names it holds. `eos_coef` is the weight of "no object" in the cross-entropy, where most slots are empty.
+    `losses` names the losses to compute: "xyz" is the method `loss_xyz(outputs, targets, indices, num_boxes)`, which
+    gets one decoder layer's outputs and returns {name: scalar}. The weights of `weight_dict` are not applied here:
+    training sums `losses[name] * weight_dict[name]` over the names it holds. `eos_coef` is the weight of "no object" in
+    the cross-entropy, since most queries find nothing.
 
-    `matcher` is a HungarianMatcher, or anything that is called as one; it finds the same number of pairs at each layer.
+    `matcher` takes (one layer's outputs, targets) and returns for each image two index vectors: predictions, objects.
     """
-
-    LOSSES = {"labels": "loss_labels", "cardinality": "loss_cardinality", "boxes": "loss_boxes", "masks": "loss_masks"}
 
     def __init__(
         self, num_classes: int, matcher: nn.Module, weight_dict: dict[str, float], eos_coef: float, losses: list[str]
     ):
         super().__init__()
-        unknown = sorted(set(losses) - set(self.LOSSES))
-        if unknown:
-            raise ValueError(f"unknown losses {unknown}: choose from {sorted(self.LOSSES)}")
         self.num_classes = num_classes
         self.matcher = matcher
         self.weight_dict = weight_dict
@@ -70,128 +46,164 @@ class SetCriterion(nn.Module):
 
         `outputs` has `pred_logits` [B, Q, K+1], `pred_boxes` [B, Q, 4] and, for the earlier decoder layers, a list
         `aux_outputs` of the same; each target has `labels` [T] and `boxes` [T, 4]. Returns scalars: `loss_ce`,
-        `loss_bbox`, `loss_giou` for the last layer and, with a suffix `_0`, `_1`..., for the earlier ones; and, to look
-        at rather than to train, `class_error` and `cardinality_error`. Computes in float32 whatever the model ran in.
-        The loss "masks" needs `pred_masks` [B, Q, h, w] or `masks_of` in the outputs (see models/segmentation.py) and
-        `masks` [T, H, W] in the targets; it adds `loss_mask` and `loss_dice`, of the last layer only.
+        `loss_bbox`, `loss_giou` for the last layer and, with a suffix `_0`, `_1`..., for the earlier ones; and, for the
+        log only, `class_error` and `cardinality_error`. Computes in float32 whatever precision the model ran in.
+        The loss "masks" needs `pred_masks` [B, Q, h, w] or `masks_of` in the outputs (see DETRsegm.forward) and `masks`
+        [T, H, W] in the targets; it adds `loss_mask` and `loss_dice`, of the last layer only.
         """
-        with torch.autocast(outputs["pred_logits"].device.type, enabled=False):
-            matched = self._match(outputs, targets)
-            losses = {}
-            for loss in self.losses:
-                for name, by_layer in getattr(self, self.LOSSES[loss])(matched).items():
-                    for i, value in enumerate(by_layer.unbind()):
-                        losses[f"{name}_{i - 1}" if i else name] = value
+        device = outputs["pred_logits"].device
+        last = {name: value for name, value in outputs.items() if name != "aux_outputs"}
+        layers = [_in_float32(layer) for layer in (last, *outputs.get("aux_outputs", ()))]
+        num_boxes = self._num_boxes(targets, device)
+        losses: dict[str, Tensor] = {}
+        with torch.autocast(device.type, enabled=False):
+            indices = _to_device(self._match(layers, targets), device)
+            if "masks" in self.losses and "masks_of" in outputs:
+                layers[0]["pred_masks"] = self._matched_masks(outputs, indices[0])
+            for i, (layer, pairs) in enumerate(zip(layers, indices, strict=True)):
+                for loss in self.losses:
+                    if i == 0:
+                        losses.update(self.get_loss(loss, layer, targets, pairs, num_boxes))
+                    elif loss not in LAST_LAYER_ONLY:
+                        options = {"log": False} if loss == "labels" else {}
+                        values = self.get_loss(loss, layer, targets, pairs, num_boxes, **options)
+                        losses.update({f"{name}_{i - 1}": value for name, value in values.items()})
         return losses
 
-    def _match(self, outputs: dict, targets: list[dict]) -> Matched:
-        layers = [outputs, *outputs.get("aux_outputs", ())]
-        logits = torch.stack([layer["pred_logits"] for layer in layers]).float()
-        boxes = torch.stack([layer["pred_boxes"] for layer in layers]).float()
-        if getattr(type(self.matcher), "forward", None) is HungarianMatcher.forward:
-            indices = self.matcher.match_layers(logits, boxes, targets)
-        else:  # a matcher of your own, layer by layer
-            heads = [{name: layer[name] for name in ("pred_logits", "pred_boxes")} for layer in layers]
-            indices = [[tuple(map(torch.as_tensor, pair)) for pair in self.matcher(head, targets)] for head in heads]
-        sizes = [len(target["labels"]) for target in targets]
-        # At evaluation processes may hold different numbers of batches, and must not wait for each other.
-        num_boxes = mean_over_processes(sum(sizes), logits.device) if self.training else sum(sizes)
-        first = [sum(sizes[:i]) for i in range(len(sizes))]  # of each image's objects, when all are laid end to end
-        pairs = torch.stack(  # built on the CPU, sent in one copy: (image, query, object) of every pair of every layer
-            [
-                torch.stack(
-                    [
-                        torch.cat([torch.full_like(queries, i) for i, (queries, _) in enumerate(layer)]),
-                        torch.cat([queries for queries, _ in layer]),
-                        torch.cat([objects + start for start, (_, objects) in zip(first, layer, strict=True)]),
-                    ]
-                )
-                for layer in indices
-            ],
-            dim=1,
-        )
-        image, query, answered = pairs.to(logits.device, non_blocking=True)
-        return Matched(
-            logits=logits,
-            boxes=boxes,
-            layer=torch.arange(len(layers), device=logits.device)[:, None],
-            image=image,
-            query=query,
-            labels=torch.cat([target["labels"] for target in targets])[answered],
-            target_boxes=torch.cat([target["boxes"].reshape(-1, 4) for target in targets]).float()[answered],
-            sizes=sizes,
-            num_boxes=_at_least_one(num_boxes),
-            masks=self._masks(outputs, image[0], query[0]),
-            target_masks=self._target_masks(targets, answered[0]),
-        )
+    def get_loss(
+        self, loss: str, outputs: dict, targets: list[dict], indices: Indices, num_boxes: Tensor | float, **kwargs
+    ) -> dict[str, Tensor]:
+        """Compute the loss named `loss` for one layer: the result of the method `loss_{loss}`."""
+        method = getattr(self, f"loss_{loss}", None)
+        if method is None:
+            known = sorted(name.removeprefix("loss_") for name in dir(self) if name.startswith("loss_"))
+            raise ValueError(f"no loss {loss!r}: choose from {', '.join(known)}")
+        return method(outputs, targets, indices, num_boxes, **kwargs)
 
-    def _masks(self, outputs: dict, image: Tensor, query: Tensor) -> Tensor | None:
-        """Masks of chosen queries: in training the model draws just these, in evaluation it has drawn all."""
-        if "masks" not in self.losses:
-            return None
-        if "masks_of" in outputs:
-            return outputs["masks_of"](image, query)
-        return outputs["pred_masks"][image, query].float()
+    def loss_labels(
+        self, outputs: dict, targets: list[dict], indices: Indices, num_boxes: Tensor | float, log: bool = True
+    ) -> dict[str, Tensor]:
+        """Cross-entropy over all queries, an unmatched one having class K; the mean weighted by class.
 
-    def _target_masks(self, targets: list[dict], answered: Tensor) -> Tensor | None:
-        if "masks" not in self.losses:
-            return None
-        if not all("masks" in target for target in targets):
-            raise ValueError("the loss 'masks' needs an entry 'masks' [T, H, W] in every target: --masks gives it")
-        height, width = (max(target["masks"].shape[side] for target in targets) for side in (1, 2))
-        return torch.cat(
-            [
-                F.pad(t["masks"].bool(), (0, width - t["masks"].shape[2], 0, height - t["masks"].shape[1]))
-                for t in targets
-            ]
-        )[answered]
-
-    def loss_labels(self, matched: Matched) -> dict[str, Tensor]:
-        """Cross-entropy over all slots, an unmatched one having class K; the mean weighted by class.
-
-        `class_error` is the share of matched slots of the last layer whose best class is wrong, in percent.
+        With `log`, `class_error` is the share of matched queries whose best class is wrong, in percent.
         """
-        logits = matched.logits
-        wanted = torch.full(logits.shape[:3], self.num_classes, dtype=torch.int64, device=logits.device)
-        wanted[matched.layer, matched.image, matched.query] = matched.labels
-        entropy = F.cross_entropy(logits.flatten(0, 2), wanted.flatten(), self.empty_weight, reduction="none")
-        weight = self.empty_weight[wanted].flatten(1).sum(1)
-        wrong = logits[matched.layer[:1], matched.image[:1], matched.query[:1]].argmax(-1) != matched.labels[:1]
-        class_error = 100 * wrong.float().mean(1) if wrong.numel() else logits.new_full((1,), 100.0)
-        return {"loss_ce": entropy.view(len(logits), -1).sum(1) / weight, "class_error": class_error}
+        logits = outputs["pred_logits"]
+        matched = self._get_src_permutation_idx(indices)
+        labels = torch.cat([target["labels"][objects] for target, (_, objects) in zip(targets, indices, strict=True)])
+        wanted = torch.full(logits.shape[:2], self.num_classes, dtype=torch.int64, device=logits.device)
+        wanted[matched] = labels
+        losses = {"loss_ce": F.cross_entropy(logits.transpose(1, 2), wanted, self.empty_weight)}
+        if log:
+            losses["class_error"] = 100 - accuracy(logits[matched].detach(), labels)[0]
+        return losses
 
     @torch.no_grad()
-    def loss_cardinality(self, matched: Matched) -> dict[str, Tensor]:
-        """Absolute error of the number of slots that are not "no object", averaged over images. Not trained."""
-        sizes = torch.tensor(matched.sizes, dtype=torch.float32).to(matched.logits.device, non_blocking=True)
-        counted = (matched.logits.argmax(-1) != self.num_classes).sum(-1)
-        return {"cardinality_error": (counted - sizes).abs().mean(1)}
+    def loss_cardinality(
+        self, outputs: dict, targets: list[dict], indices: Indices, num_boxes: Tensor | float
+    ) -> dict[str, Tensor]:
+        """Absolute error of the number of queries that are not "no object", averaged over images. Not trained."""
+        logits = outputs["pred_logits"]
+        sizes = torch.tensor([float(len(target["labels"])) for target in targets])
+        predicted = (logits.argmax(-1) != logits.shape[-1] - 1).sum(1)
+        return {"cardinality_error": F.l1_loss(predicted.float(), sizes.to(logits.device, non_blocking=True))}
 
-    def loss_boxes(self, matched: Matched) -> dict[str, Tensor]:
+    def loss_boxes(
+        self, outputs: dict, targets: list[dict], indices: Indices, num_boxes: Tensor | float
+    ) -> dict[str, Tensor]:
         """L1 distance and 1 - GIoU of matched boxes, summed over pairs and divided by the number of objects."""
-        boxes = matched.of_pairs(matched.boxes)
-        giou = elementwise_giou(box_cxcywh_to_xyxy(boxes), box_cxcywh_to_xyxy(matched.target_boxes))
+        boxes = outputs["pred_boxes"][self._get_src_permutation_idx(indices)]
+        # An image without objects may have boxes of shape [0].
+        wanted = torch.cat(
+            [t["boxes"].reshape(-1, 4)[objects] for t, (_, objects) in zip(targets, indices, strict=True)]
+        )
+        giou = elementwise_giou(box_cxcywh_to_xyxy(boxes), box_cxcywh_to_xyxy(wanted))
+        return {"loss_bbox": (boxes - wanted).abs().sum() / num_boxes, "loss_giou": (1 - giou).sum() / num_boxes}
+
+    def loss_masks(
+        self, outputs: dict, targets: list[dict], indices: Indices, num_boxes: Tensor | float
+    ) -> dict[str, Tensor]:
+        """Focal and dice loss of matched masks, upsampled to the size the images were padded to."""
+        masks = outputs["pred_masks"][self._get_src_permutation_idx(indices)]
+        wanted = _padded_masks(targets)[self._get_tgt_permutation_idx(indices)]
+        masks = F.interpolate(masks[:, None], size=wanted.shape[-2:], mode="bilinear", align_corners=False)
+        masks, wanted = masks.flatten(1), wanted.flatten(1).float()
         return {
-            "loss_bbox": (boxes - matched.target_boxes).abs().sum((1, 2)) / matched.num_boxes,
-            "loss_giou": (1 - giou).sum(1) / matched.num_boxes,
+            "loss_mask": sigmoid_focal_loss(masks, wanted, num_boxes),
+            "loss_dice": dice_loss(masks, wanted, num_boxes),
         }
 
-    def loss_masks(self, matched: Matched) -> dict[str, Tensor]:
-        """Focal and dice loss of the last layer's matched masks, enlarged to the size the images were padded to."""
-        wanted = matched.target_masks.flatten(1).float()
-        size = matched.target_masks.shape[-2:]
-        masks = F.interpolate(matched.masks[:, None], size=size, mode="bilinear", align_corners=False).flatten(1)
-        return {
-            "loss_mask": sigmoid_focal_loss(masks, wanted, matched.num_boxes)[None],
-            "loss_dice": dice_loss(masks, wanted, matched.num_boxes)[None],
-        }
+    def _get_src_permutation_idx(self, indices: Indices) -> tuple[Tensor, Tensor]:
+        """Image and query of every matched pair, two vectors [N] that index predictions [B, Q, ...]."""
+        images = torch.cat([torch.full_like(queries, i) for i, (queries, _) in enumerate(indices)])
+        return images, torch.cat([queries for queries, _ in indices])
+
+    def _get_tgt_permutation_idx(self, indices: Indices) -> tuple[Tensor, Tensor]:
+        """Image and object of every matched pair, two vectors [N] that index targets padded to [B, T, ...]."""
+        images = torch.cat([torch.full_like(objects, i) for i, (_, objects) in enumerate(indices)])
+        return images, torch.cat([objects for _, objects in indices])
+
+    def _match(self, layers: list[dict], targets: list[dict]) -> list[Indices]:
+        """Match each layer: HungarianMatcher's own matching takes all layers at once, any other one layer at a time."""
+        forward = getattr(self.matcher, "forward", None)
+        if getattr(forward, "__func__", None) is HungarianMatcher.forward:
+            return self.matcher.match_layers(layers, targets)
+        return [self.matcher(layer, targets) for layer in layers]
+
+    def _matched_masks(self, outputs: dict, indices: Indices) -> Tensor:
+        """Compute the masks of the matched queries; return them as `pred_masks` [B, Q, h, w], zero for the others."""
+        matched = self._get_src_permutation_idx(indices)
+        masks = outputs["masks_of"](*matched).float()
+        every = masks.new_zeros(*outputs["pred_logits"].shape[:2], *masks.shape[-2:])
+        return every.index_put(matched, masks)
+
+    def _num_boxes(self, targets: list[dict], device: torch.device) -> Tensor | float:
+        """Count the objects, averaged over processes in training, at least 1: what sums over pairs are divided by.
+
+        In evaluation, processes may have different numbers of batches and must not wait for each other.
+        """
+        count = float(sum(len(target["labels"]) for target in targets))
+        if not self.training or get_world_size() == 1:
+            return max(count, 1.0)
+        return mean_over_processes(count, device).clamp(min=1)
 
 
-def weights_for_layers(weights: dict[str, float], layers: int) -> dict[str, float]:
-    """Repeat the weights of the last layer's losses for the earlier ones of `layers` decoder layers."""
-    suffixes = [""] + [f"_{i}" for i in range(layers - 1)]
-    return {f"{name}{suffix}": weight for suffix in suffixes for name, weight in weights.items()}
+def loss_weights(weights: dict[str, dict[str, float]], layers: int) -> dict[str, float]:
+    """Weights of all losses by name, from those of each loss, for `layers` decoder layers.
+
+    `weights` maps the losses of SetCriterion to the weights of what they return, for example
+    {"labels": {"loss_ce": 1}}. The earlier layers have the suffixes _0, _1, ...
+    """
+    every = {name: weight for loss in weights.values() for name, weight in loss.items()}
+    for i in range(layers - 1):
+        for loss, named in weights.items():
+            if loss not in LAST_LAYER_ONLY:
+                every |= {f"{name}_{i}": weight for name, weight in named.items()}
+    return every
 
 
-def _at_least_one(count: Tensor | float) -> Tensor | float:
-    return count.clamp(min=1) if isinstance(count, Tensor) else max(count, 1)
+def _in_float32(layer: dict) -> dict:
+    """Copy one layer's outputs with half-precision tensors as float32."""
+    return {
+        name: value.float() if isinstance(value, Tensor) and value.is_floating_point() else value
+        for name, value in layer.items()
+    }
+
+
+def _to_device(indices: list[Indices], device: torch.device) -> list[Indices]:
+    """Bring the index vectors of all layers to a device in one copy, so that no later indexing waits for it."""
+    pairs = [torch.as_tensor(vector, dtype=torch.int64) for layer in indices for pair in layer for vector in pair]
+    moved = iter(torch.cat(pairs).to(device, non_blocking=True).split([len(vector) for vector in pairs]))
+    return [[(next(moved), next(moved)) for _ in layer] for layer in indices]
+
+
+def _padded_masks(targets: list[dict]) -> Tensor:
+    """Masks of all targets padded to one size, bool [B, T, H, W]. ValueError if a target has none."""
+    if not all("masks" in target for target in targets):
+        raise ValueError("the loss 'masks' needs an entry 'masks' [T, H, W] in every target")
+    shapes = [target["masks"].shape for target in targets]
+    most, height, width = (max(shape[side] for shape in shapes) for side in range(3))
+    padded = targets[0]["masks"].new_zeros(len(targets), most, height, width, dtype=torch.bool)
+    for target, place in zip(targets, padded, strict=True):
+        masks = target["masks"].bool()
+        place[: masks.shape[0], : masks.shape[1], : masks.shape[2]] = masks
+    return padded

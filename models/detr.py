@@ -1,18 +1,49 @@
-"""The network, and how its predictions are read out.
+"""The DETR network and its box post-processing.
 
 Shapes: B images, Q queries, C hidden width, K classes (the extra last one is "no object"), L decoder layers, H x W
 pixels. Boxes are cxcywh in 0..1 of the unpadded image in the network's outputs, and x0 y0 x1 y1 in pixels after
 PostProcess.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import interpolate
 
+from models.backbone import build_backbone
 from models.criterion import SetCriterion
-from util.box_ops import box_cxcywh_to_xyxy
+from models.matcher import build_matcher
+from models.segmentation import DETRsegm, PostProcessPanoptic, PostProcessSegm, dice_loss, sigmoid_focal_loss
+from models.transformer import build_transformer
+from util import box_ops
+from util.dist import get_world_size, is_dist_avail_and_initialized
+from util.metrics import accuracy
 from util.nested_tensor import NestedTensor, nested_tensor_from_tensor_list
 
-__all__ = ["DETR", "MLP", "PostProcess", "SetCriterion"]
+# Code written against DETR imports all of these from here.
+__all__ = [
+    "DETR",
+    "DETRsegm",
+    "MLP",
+    "NestedTensor",
+    "PostProcess",
+    "PostProcessPanoptic",
+    "PostProcessSegm",
+    "SetCriterion",
+    "accuracy",
+    "box_ops",
+    "build",
+    "build_backbone",
+    "build_matcher",
+    "build_transformer",
+    "dice_loss",
+    "get_world_size",
+    "interpolate",
+    "is_dist_avail_and_initialized",
+    "nested_tensor_from_tensor_list",
+    "sigmoid_focal_loss",
+]
 
 
 class DETR(nn.Module):
@@ -27,7 +58,8 @@ class DETR(nn.Module):
     ):
         super().__init__()
         width = transformer.d_model
-        # In this order: an optimizer's state, in checkpoints of other DETRs too, goes by the parameters' positions.
+        # The order of registration is a contract: optimizers, those in published checkpoints too, match their state to
+        # the parameters by position.
         self.transformer = transformer
         self.class_embed = nn.Linear(width, num_classes + 1)
         self.bbox_embed = MLP(width, width, 4, 3)
@@ -67,9 +99,14 @@ class DETR(nn.Module):
         out = {"pred_logits": logits[-1], "pred_boxes": boxes[-1]}
         if not torch.jit.is_scripting():
             if self.aux_loss:
-                earlier = zip(logits[:-1], boxes[:-1], strict=True)
-                out["aux_outputs"] = [{"pred_logits": a, "pred_boxes": b} for a, b in earlier]
+                out["aux_outputs"] = self._set_aux_loss(logits, boxes)
         return out
+
+    @torch.jit.unused
+    def _set_aux_loss(self, outputs_class: Tensor, outputs_coord: Tensor) -> list[dict[str, Tensor]]:
+        """List the outputs of the earlier decoder layers: from [L, B, Q, K+1] and [L, B, Q, 4], L - 1 dicts."""
+        earlier = zip(outputs_class[:-1], outputs_coord[:-1], strict=True)
+        return [{"pred_logits": logits, "pred_boxes": boxes} for logits, boxes in earlier]
 
     def _heads(self, hs: Tensor) -> tuple[Tensor, Tensor]:
         """Classes and boxes of decoder outputs [L, B, Q, C], in float32: half precision would round boxes to pixels."""
@@ -96,16 +133,19 @@ class MLP(nn.Module):
 
 
 class PostProcess(nn.Module):
-    """Reads detections out of the network's outputs."""
+    """Turns the network's outputs into scores, labels and boxes in pixels."""
 
     @torch.no_grad()
-    def forward(self, outputs: dict[str, Tensor], target_sizes: Tensor) -> list[dict[str, Tensor]]:
+    def forward(self, outputs: dict[str, Tensor], target_sizes: Tensor | Sequence) -> list[dict[str, Tensor]]:
         """Give each query its best class other than "no object", and its box in pixels.
 
-        `target_sizes` [B, 2] holds (height, width): the original sizes for COCO's AP, the padded-free input sizes for
-        drawing on the input. Returns for each image `scores` [Q], `labels` [Q], `boxes` [Q, 4] (x0, y0, x1, y1).
+        `target_sizes`, a tensor [B, 2] or a list of pairs, holds (height, width): the original sizes for COCO's AP, the
+        sizes of the model's input, without padding, for drawing on it. Returns for each image `scores` [Q], `labels`
+        [Q], `boxes` [Q, 4] (x0, y0, x1, y1).
         """
         logits, boxes = outputs["pred_logits"], outputs["pred_boxes"]
+        if not isinstance(target_sizes, Tensor):
+            target_sizes = torch.tensor([[int(side) for side in size] for size in target_sizes])
         if target_sizes.shape != (len(logits), 2):
             raise ValueError(
                 f"expected a (height, width) for each of {len(logits)} images, got {list(target_sizes.shape)}"
@@ -113,6 +153,13 @@ class PostProcess(nn.Module):
         scores, labels = logits.softmax(-1)[..., :-1].max(-1)
         height, width = target_sizes.to(boxes.device).unbind(1)
         scale = torch.stack([width, height, width, height], dim=1)
-        boxes = boxes.to(torch.promote_types(boxes.dtype, torch.float32))  # half precision has no room for pixels
-        boxes = box_cxcywh_to_xyxy(boxes) * scale[:, None]
+        boxes = boxes.to(torch.promote_types(boxes.dtype, torch.float32))  # half precision cannot hold pixel positions
+        boxes = box_ops.box_cxcywh_to_xyxy(boxes) * scale[:, None]
         return [{"scores": s, "labels": c, "boxes": b} for s, c, b in zip(scores, labels, boxes, strict=True)]
+
+
+def build(args) -> tuple[nn.Module, SetCriterion, dict[str, nn.Module]]:
+    """Build model, criterion and post-processors; the old address of `models.build_model`."""
+    from models import build_model  # imported here, since it imports this module
+
+    return build_model(args)

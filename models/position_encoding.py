@@ -1,4 +1,4 @@
-"""Where each feature cell is, as a vector that attention can read."""
+"""Position encodings: the place of each feature cell as a vector."""
 
 import math
 
@@ -9,12 +9,12 @@ from util.nested_tensor import NestedTensor
 
 
 class PositionEmbeddingSine(nn.Module):
-    """Fixed sines of y and x (Vaswani et al. 2017, carried over to two dimensions).
+    """Fixed sines of y and x (Vaswani et al. 2017, extended to two dimensions).
 
     A cell's coordinate is the number of unpadded cells up to and including it, so padding does not shift it. With
-    `normalize`, it becomes a share of the image's extent times `scale` (2 pi by default): the same relative place
-    has the same code in images of every size. Feature 2k is sin(p / T^(2k/n)), feature 2k+1 the cosine, for n =
-    `num_pos_feats` and T = `temperature`; first come the n features of y, then the n of x.
+    `normalize`, it is divided by the image's extent and multiplied by `scale` (2 pi by default): the same relative
+    place has the same encoding in images of every size. Feature 2k is sin(p / T^(2k/n)), feature 2k+1 the cosine, for
+    n = `num_pos_feats` and T = `temperature`; first come the n features of y, then the n of x.
     """
 
     def __init__(
@@ -54,6 +54,10 @@ class PositionEmbeddingLearned(nn.Module):
         super().__init__()
         self.row_embed = nn.Embedding(50, num_pos_feats)
         self.col_embed = nn.Embedding(50, num_pos_feats)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw both tables uniformly from 0..1."""
         nn.init.uniform_(self.row_embed.weight)
         nn.init.uniform_(self.col_embed.weight)
 
@@ -62,8 +66,26 @@ class PositionEmbeddingLearned(nn.Module):
         batch, h, w = tensor_list.tensors.shape[0], tensor_list.tensors.shape[2], tensor_list.tensors.shape[3]
         if h > 50 or w > 50:
             raise ValueError(
-                f"the learned positions cover 50 x 50 cells, the features have {h} x {w}: use smaller images or sines"
+                f"learned positions cover 50 x 50 cells, not {h} x {w}: use smaller images or sine positions"
             )
         columns = self.col_embed.weight[:w].unsqueeze(0).expand(h, -1, -1)
         rows = self.row_embed.weight[:h].unsqueeze(1).expand(-1, w, -1)
         return torch.cat([columns, rows], dim=2).permute(2, 0, 1).unsqueeze(0).expand(batch, -1, -1, -1)
+
+
+# --position_embedding: the name and a function of the number of features for each axis.
+POSITION_EMBEDDINGS = {
+    "sine": lambda num_pos_feats: PositionEmbeddingSine(num_pos_feats, normalize=True),
+    "learned": PositionEmbeddingLearned,
+}
+OLD_NAMES = {"v2": "sine", "v3": "learned"}
+
+
+def build_position_encoding(args) -> nn.Module:
+    """Build the position encoding that `args.position_embedding` names, for a transformer of `args.hidden_dim`."""
+    name = OLD_NAMES.get(args.position_embedding, args.position_embedding)
+    if name not in POSITION_EMBEDDINGS:
+        raise ValueError(
+            f"no position embedding {args.position_embedding!r}: choose one of {', '.join(POSITION_EMBEDDINGS)}"
+        )
+    return POSITION_EMBEDDINGS[name](args.hidden_dim // 2)

@@ -1,7 +1,7 @@
-"""Masks on top of DETR: the head, its losses, and the read-out of instances (paper, section 4.4).
+"""Masks on top of DETR: the mask head, its losses, and the post-processing of instance masks (paper, section 4.4).
 
 Shapes: B images, Q queries, N chosen queries (of any of the images), C hidden width, M attention heads, h x w cells of
-the coarsest features, h4 x w4 of the finest (stride 4), H x W pixels. Masks are logits until they are read out.
+the coarsest features, h4 x w4 of the finest (stride 4), H x W pixels. Masks are logits until post-processing.
 """
 
 from collections.abc import Sequence
@@ -10,6 +10,7 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.functional import interpolate
 
 from models.panoptic import PostProcessPanoptic
 from util.nested_tensor import NestedTensor, nested_tensor_from_tensor_list
@@ -18,45 +19,50 @@ __all__ = [
     "DETRsegm",
     "MHAttentionMap",
     "MaskHeadSmallConv",
-    "MasksLater",
+    "NestedTensor",
     "PostProcessPanoptic",
     "PostProcessSegm",
     "dice_loss",
+    "interpolate",
+    "nested_tensor_from_tensor_list",
     "sigmoid_focal_loss",
 ]
 
-MASKS_AT_ONCE = 16  # full-size float masks held at a time by the instance read-out
+MASKS_AT_ONCE = 16  # full-size float masks that post-processing holds at a time
 
 
 class DETRsegm(nn.Module):
-    """A DETR, and a head that draws a mask for each of its queries.
+    """A DETR, and a head that computes a mask for each of its queries.
 
     The backbone of `detr` must return the features of all four layers (`return_interm_layers`). With `freeze_detr` only
-    the head trains: the detector's weights stay, and so do its statistics, since it never leaves evaluation mode.
+    the head trains: the detector's weights do not change, and it stays in evaluation mode.
+
+    In training the loss needs only the masks of matched queries. With `matched_masks_only`, outputs in training mode
+    have a function `masks_of` in place of `pred_masks`, and SetCriterion calls it: several times less memory.
     """
 
-    def __init__(self, detr: nn.Module, freeze_detr: bool = False):
+    def __init__(self, detr: nn.Module, freeze_detr: bool = False, matched_masks_only: bool = False):
         super().__init__()
         self.detr = detr.requires_grad_(False) if freeze_detr else detr
         self.frozen = freeze_detr
+        self.matched_masks_only = matched_masks_only
         width, heads, channels = detr.transformer.d_model, detr.transformer.nhead, detr.backbone.num_channels
         self.bbox_attention = MHAttentionMap(width, width, heads)
         self.mask_head = MaskHeadSmallConv(width + heads, [channels // 2, channels // 4, channels // 8], width)
 
     def train(self, mode: bool = True) -> "DETRsegm":
-        """Change between training and evaluation; a frozen detector stays in the latter."""
+        """Change between training and evaluation mode; a frozen detector stays in the latter."""
         super().train(mode)
         if self.frozen:
             self.detr.eval()
         return self
 
     def forward(self, samples: NestedTensor) -> dict[str, Tensor]:
-        """Detect objects and draw them: DETR's outputs and, in evaluation, `pred_masks` [B, Q, h4, w4].
+        """Detect objects and their masks: DETR's outputs and `pred_masks` [B, Q, h4, w4].
 
-        In training most queries answer no object, and nobody looks at their masks. So the outputs hold a function
-        instead, `masks_of(image, query)`: for two index vectors [N] it gives those queries' masks [N, h4, w4]. Queries
-        do not see each other in the head, so these are the values that drawing them all would give; and
-        `outputs["pred_masks"]` draws them all there too, when it is asked for.
+        In training mode, with `matched_masks_only`, `masks_of(image, query)` takes their place: for two index vectors
+        [N] it returns those queries' masks [N, h4, w4]. Queries do not see each other in the head, so these are the
+        values that computing all masks would give.
         """
         if isinstance(samples, (list, Tensor)):
             samples = nested_tensor_from_tensor_list(samples)
@@ -68,39 +74,30 @@ class DETRsegm(nn.Module):
         padding = features[3].mask
         finer = [features[2].tensors, features[1].tensors, features[0].tensors]
         if not torch.jit.is_scripting():
-            if self.training:
-                return OutputsInTraining(out, masks_of=MasksLater(self, src, hs[-1], memory, padding, finer))
+            if self.training and self.matched_masks_only:
+                out["masks_of"] = partial(self._masks_of, src, hs[-1], memory, padding, finer)
+                return out
         maps = self.bbox_attention(hs[-1], memory, padding)
         masks = self.mask_head(src, maps, finer)[:, 0]
         out["pred_masks"] = masks.float().unflatten(0, (maps.shape[0], maps.shape[1]))
         return out
 
-
-class OutputsInTraining(dict):
-    """Outputs with `masks_of`, where `pred_masks` is drawn on being asked for."""
-
-    def __missing__(self, name: str) -> Tensor:
-        if name != "pred_masks":
-            raise KeyError(name)
-        batch, queries = self["pred_logits"].shape[:2]
-        image, query = torch.arange(batch).repeat_interleave(queries), torch.arange(queries).repeat(batch)
-        self[name] = self["masks_of"](image, query).unflatten(0, (batch, queries))
-        return self[name]
-
-
-class MasksLater:
-    """Everything the masks of a batch are drawn from, to be called with the queries whose masks are wanted."""
-
-    def __init__(self, model: DETRsegm, src: Tensor, hs: Tensor, memory: Tensor, padding: Tensor, finer: list[Tensor]):
-        self.model, self.src, self.hs, self.memory, self.padding, self.finer = model, src, hs, memory, padding, finer
-        kind = hs.device.type  # the precision the model runs in now: the loss, which asks later, has another
-        self.precision = partial(torch.autocast, kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind))
-
-    def __call__(self, image: Tensor, query: Tensor) -> Tensor:
-        """Draw queries `query` [N] of the images `image` [N]: logits [N, h4, w4]."""
-        with self.precision():
-            maps = self.model.bbox_attention(self.hs, self.memory, self.padding)[image, query]
-            return self.model.mask_head(self.src, maps, self.finer, image)[:, 0].float()
+    @torch.jit.unused
+    def _masks_of(
+        self,
+        src: Tensor,
+        hs: Tensor,
+        memory: Tensor,
+        padding: Tensor,
+        finer: list[Tensor],
+        image: Tensor,
+        query: Tensor,
+    ) -> Tensor:
+        """Masks of the queries `query` [N] of the images `image` [N], in the precision that computed the features."""
+        half = memory.dtype in (torch.bfloat16, torch.float16)
+        with torch.autocast(memory.device.type, dtype=memory.dtype if half else None, enabled=half):
+            maps = self.bbox_attention(hs, memory, padding)[image, query]
+            return self.mask_head(src, maps, finer, image)[:, 0].float()
 
 
 class MHAttentionMap(nn.Module):
@@ -133,7 +130,7 @@ class MHAttentionMap(nn.Module):
 
 
 class MaskHeadSmallConv(nn.Module):
-    """Convolutions that refine attention maps on the way up the backbone's features, as in a feature pyramid.
+    """Convolutions that refine attention maps while adding ever finer backbone features, as in a feature pyramid.
 
     `dim` is the width of the coarse features and the attention maps together, `fpn_dims` are the channels of the three
     finer features, coarse to fine, and `context_dim` the hidden width, of which the levels keep 1/2, 1/4, 1/8 and 1/16.
@@ -151,7 +148,7 @@ class MaskHeadSmallConv(nn.Module):
         def level(i: int) -> tuple[nn.Conv2d, nn.GroupNorm]:
             return nn.Conv2d(widths[i - 1], widths[i], 3, padding=1), nn.GroupNorm(8, widths[i])
 
-        # In this order, as in DETR: an optimizer's state goes by the parameters' positions.
+        # The order of registration is a contract: optimizers match their state to the parameters by position.
         self.lay1, self.gn1 = level(1)
         self.lay2, self.gn2 = level(2)
         self.lay3, self.gn3 = level(3)
@@ -167,7 +164,7 @@ class MaskHeadSmallConv(nn.Module):
                 nn.init.zeros_(module.bias)
 
     def forward(self, x: Tensor, bbox_mask: Tensor, fpns: list[Tensor], image: Tensor | None = None) -> Tensor:
-        """Draw masks, finest features in size.
+        """Compute masks of the size of the finest features.
 
         Takes features `x` [B, C, h, w], three finer ones `fpns` [B, *, *, *], coarse to fine, and attention maps
         [B, Q, M, h, w]: all queries of each image; or [N, M, h, w]: queries chosen from the images `image` [N].
@@ -193,6 +190,11 @@ class MaskHeadSmallConv(nn.Module):
 def _merge(x: Tensor, finer: Tensor, image: Tensor) -> Tensor:
     """Enlarge x [N, c, *, *] and add to each the features [B, c, *, *] of its image."""
     return F.interpolate(x, size=finer.shape[-2:], mode="nearest") + finer.index_select(0, image)
+
+
+def _expand(tensor: Tensor, length: int) -> Tensor:
+    """Repeat each image of [B, C, h, w] `length` times: [B * length, C, h, w]."""
+    return tensor.repeat_interleave(length, dim=0)
 
 
 def sigmoid_focal_loss(
@@ -224,7 +226,7 @@ def dice_loss(inputs: Tensor, targets: Tensor, num_boxes: Tensor | float) -> Ten
 
 
 class PostProcessSegm(nn.Module):
-    """Reads a binary mask for each detection out of the network's outputs."""
+    """Turns the network's masks into a binary mask for each detection, at the original image size."""
 
     def __init__(self, threshold: float = 0.5):
         super().__init__()
@@ -245,14 +247,14 @@ class PostProcessSegm(nn.Module):
                 f"sizes for the masks of {len(outputs['pred_masks'])} images"
             )
         padded = max_target_sizes.max(0).values.tolist()
-        drawn = []
+        results_with_masks = []
         for result, masks, inner, final in zip(
             results, outputs["pred_masks"], max_target_sizes.tolist(), orig_target_sizes.tolist(), strict=True
         ):
-            parts = [self._read(part, padded, inner, final) for part in masks[:, None].split(MASKS_AT_ONCE)]
-            drawn.append({**result, "masks": torch.cat(parts)})
-        return drawn
+            parts = [self._resize(part, padded, inner, final) for part in masks[:, None].split(MASKS_AT_ONCE)]
+            results_with_masks.append({**result, "masks": torch.cat(parts)})
+        return results_with_masks
 
-    def _read(self, masks: Tensor, padded: list[int], inner: list[int], final: list[int]) -> Tensor:
+    def _resize(self, masks: Tensor, padded: list[int], inner: list[int], final: list[int]) -> Tensor:
         full = F.interpolate(masks, size=padded, mode="bilinear", align_corners=False).sigmoid() > self.threshold
         return F.interpolate(full[:, :, : inner[0], : inner[1]].byte(), size=final, mode="nearest")

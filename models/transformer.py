@@ -2,18 +2,20 @@
 
 Shapes: B images, N = h * w feature cells, Q object queries, C = d_model, L decoder layers. The batch comes first.
 
-Attention goes through PyTorch's fused kernels, which do not give the attention weights. Whoever wants them registers a
-forward hook on the attention module, say `model.transformer.decoder.layers[-1].multihead_attn`: while a hook is there
-the module computes them too, and the hook finds them at output[1], averaged over heads: [B, Q, N] ([B, N, N] for
-`encoder.layers[i].self_attn`).
+Attention runs in PyTorch's fused kernels, which do not return the attention weights. To get them, register a forward
+hook on an attention module, for example `model.transformer.decoder.layers[-1].multihead_attn`: while it has a hook, the
+module computes its weights too, and the hook finds them in output[1], averaged over heads: [B, Q, N] (for
+`encoder.layers[i].self_attn`: [B, N, N]).
 """
 
 from copy import deepcopy
+from typing import Optional
 
 import torch
 from torch import Tensor, nn
 
-from models.dropout import Dropout, strike
+# TorchScript cannot read `Tensor | None` in every place, so optional tensors are written as Optional[Tensor] here.
+MaybeTensor = Optional[Tensor]  # noqa: UP045
 
 ACTIVATIONS = {"relu": nn.ReLU, "gelu": nn.GELU}
 
@@ -34,8 +36,6 @@ class Transformer(nn.Module):
         return_intermediate_dec: bool = False,
     ):
         super().__init__()
-        if activation not in ACTIVATIONS:
-            raise ValueError(f"no activation {activation!r}: choose one of {', '.join(ACTIVATIONS)}")
         layer_sizes = (d_model, nhead, dim_feedforward, dropout, activation, normalize_before)
         # Post-norm layers end in a norm of their own; only a pre-norm encoder needs one at its end.
         encoder_norm = nn.LayerNorm(d_model) if normalize_before else None
@@ -45,6 +45,10 @@ class Transformer(nn.Module):
         )
         self.d_model = d_model
         self.nhead = nhead
+        self._reset_parameters()
+
+    def _reset_parameters(self) -> None:
+        """Draw every matrix from Xavier's uniform distribution."""
         for parameter in self.parameters():
             if parameter.dim() > 1:
                 nn.init.xavier_uniform_(parameter)
@@ -57,91 +61,148 @@ class Transformer(nn.Module):
         encoder's `memory` [B, C, h, w].
         """
         batch, _, h, w = src.shape
-        cells, positions = src.flatten(2).transpose(1, 2), pos_embed.flatten(2).transpose(1, 2)
+        cells, pos = src.flatten(2).transpose(1, 2), pos_embed.flatten(2).transpose(1, 2)
         padding = mask.flatten(1)
-        memory = self.encoder(cells, padding, positions)
-        queries = query_embed.unsqueeze(0).expand(batch, -1, -1)
-        hs = self.decoder(torch.zeros_like(queries), memory, padding, positions, queries)
+        memory = self.encoder(cells, src_key_padding_mask=padding, pos=pos)
+        query_pos = query_embed.unsqueeze(0).expand(batch, -1, -1)
+        tgt = torch.zeros_like(query_pos)
+        hs = self.decoder(tgt, memory, memory_key_padding_mask=padding, pos=pos, query_pos=query_pos)
         return hs, memory.transpose(1, 2).unflatten(2, (h, w))
 
 
 class TransformerEncoder(nn.Module):
-    """A stack of copies of one encoder layer (copies start equal), and an optional last norm."""
+    """A stack of copies of one encoder layer (the copies start equal), and an optional last norm."""
 
     def __init__(self, encoder_layer: nn.Module, num_layers: int, norm: nn.Module | None = None):
         super().__init__()
-        self.layers = nn.ModuleList([deepcopy(encoder_layer) for _ in range(num_layers)])
+        self.layers = _get_clones(encoder_layer, num_layers)
+        self.num_layers = num_layers
         self.norm = nn.Identity() if norm is None else norm
 
-    def forward(self, src: Tensor, padding: Tensor, pos: Tensor) -> Tensor:
-        """Features and positions [B, N, C], padding [B, N] -> memory [B, N, C]."""
+    def forward(
+        self,
+        src: Tensor,
+        mask: MaybeTensor = None,
+        src_key_padding_mask: MaybeTensor = None,
+        pos: MaybeTensor = None,
+    ) -> Tensor:
+        """Features and positions [B, N, C], attention mask, padding [B, N] -> memory [B, N, C]."""
         for layer in self.layers:
-            src = layer(src, padding, pos)
+            src = layer(src, src_mask=mask, src_key_padding_mask=src_key_padding_mask, pos=pos)
         return self.norm(src)
 
 
 class TransformerDecoder(nn.Module):
-    """A stack of copies of one decoder layer; one norm, shared, for every output that is kept."""
+    """A stack of copies of one decoder layer; one norm, shared by every output that is kept."""
 
-    def __init__(self, decoder_layer: nn.Module, num_layers: int, norm: nn.Module, return_intermediate: bool = False):
+    def __init__(
+        self,
+        decoder_layer: nn.Module,
+        num_layers: int,
+        norm: nn.Module | None = None,
+        return_intermediate: bool = False,
+    ):
         super().__init__()
-        self.layers = nn.ModuleList([deepcopy(decoder_layer) for _ in range(num_layers)])
-        self.norm = norm
+        self.layers = _get_clones(decoder_layer, num_layers)
+        self.num_layers = num_layers
+        self.norm = nn.Identity() if norm is None else norm
         self.return_intermediate = return_intermediate
 
-    def forward(self, tgt: Tensor, memory: Tensor, padding: Tensor, pos: Tensor, query_pos: Tensor) -> Tensor:
-        """Queries [B, Q, C] twice (content, position), memory and positions [B, N, C] -> [L or 1, B, Q, C]."""
+    def forward(
+        self,
+        tgt: Tensor,
+        memory: Tensor,
+        tgt_mask: MaybeTensor = None,
+        memory_mask: MaybeTensor = None,
+        tgt_key_padding_mask: MaybeTensor = None,
+        memory_key_padding_mask: MaybeTensor = None,
+        pos: MaybeTensor = None,
+        query_pos: MaybeTensor = None,
+    ) -> Tensor:
+        """Queries [B, Q, C], memory [B, N, C], their positions, attention masks and paddings -> [L or 1, B, Q, C]."""
         kept: list[Tensor] = []
         for layer in self.layers:
-            tgt = layer(tgt, memory, padding, pos, query_pos)
+            tgt = layer(
+                tgt,
+                memory,
+                tgt_mask=tgt_mask,
+                memory_mask=memory_mask,
+                tgt_key_padding_mask=tgt_key_padding_mask,
+                memory_key_padding_mask=memory_key_padding_mask,
+                pos=pos,
+                query_pos=query_pos,
+            )
             if self.return_intermediate:
                 kept.append(self.norm(tgt))
         return torch.stack(kept) if self.return_intermediate else self.norm(tgt).unsqueeze(0)
 
 
 class Attention(nn.MultiheadAttention):
-    """Multi-head attention with nn.MultiheadAttention's parameters, through PyTorch's fused kernels.
+    """Multi-head attention with nn.MultiheadAttention's parameters, in PyTorch's fused kernels; batch first."""
 
-    The weights are written down only where a forward hook listens (see the top of this file), and where dropout strikes
-    them on a CPU, for which there is no fused kernel.
-    """
+    def __init__(self, embed_dim: int, num_heads: int, dropout: float = 0.0):
+        super().__init__(embed_dim, num_heads, dropout=dropout, batch_first=True)
 
     def forward(
-        self, query: Tensor, key: Tensor, value: Tensor, key_padding_mask: Tensor | None = None
-    ) -> tuple[Tensor, Tensor | None]:
-        """Query [B, Q, C], key and value [B, N, C], padding [B, N] (True = ignore) -> [B, Q, C], weights or None."""
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: MaybeTensor = None,
+        need_weights: bool = False,
+        attn_mask: MaybeTensor = None,
+        average_attn_weights: bool = True,
+    ) -> tuple[Tensor, MaybeTensor]:
+        """Attend from query [B, Q, C] to key and value [B, N, C]; return the result [B, Q, C] and the weights or None.
+
+        `key_padding_mask` [B, N] is True on keys to ignore. `attn_mask`, [Q, N] or [B * heads, Q, N], is True where a
+        query must not attend, or a float that is added to the scores. The weights are computed with `need_weights`
+        and while the module has a forward hook: [B, Q, N], or [B, heads, Q, N] unless `average_attn_weights`.
+        """
         w_q, w_k, w_v = self.in_proj_weight.chunk(3)
         b_q, b_k, b_v = self.in_proj_bias.chunk(3)
         q = self._split_heads(nn.functional.linear(query, w_q, b_q))
         k = self._split_heads(nn.functional.linear(key, w_k, b_k))
         v = self._split_heads(nn.functional.linear(value, w_v, b_v))
-        ignored = None if key_padding_mask is None else key_padding_mask[:, None, None, :]
-        drop = self.dropout if self.training else 0.0
-        weights: Tensor | None = None
-        written_down = False
+        mask = self._attended(key_padding_mask, attn_mask, query.shape[0])
+        dropout = self.dropout if self.training else 0.0
+        x = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
+        x = self.out_proj(x.transpose(1, 2).flatten(2))
+        weights: MaybeTensor = None
         if not torch.jit.is_scripting():
-            if self._forward_hooks:
-                weights = attention_weights(q, k, ignored).mean(dim=1)
-            # The compiler's CPU kernel fails in training once image sizes change (seen in torch 2.14).
-            compiled = self.training and torch.compiler.is_compiling()
-            written_down = q.device.type == "cpu" and (drop > 0.0 or compiled)
-        if not torch.jit.is_scripting() and written_down:
-            x = strike(attention_weights(q, k, ignored), drop) @ (v / (1 - drop))
-        else:
-            attended = None if ignored is None else ~ignored
-            x = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=attended, dropout_p=drop)
-        return self.out_proj(x.transpose(1, 2).flatten(2)), weights
+            need_weights = need_weights or len(self._forward_hooks) > 0
+        if need_weights:
+            weights = attention_weights(q, k, mask)
+            if average_attn_weights:
+                weights = weights.mean(dim=1)
+        return x, weights
 
     def _split_heads(self, x: Tensor) -> Tensor:
         """[B, N, C] -> [B, heads, N, C / heads]."""
         return x.unflatten(2, (self.num_heads, self.head_dim)).transpose(1, 2)
 
+    def _attended(self, key_padding_mask: MaybeTensor, attn_mask: MaybeTensor, batch: int) -> MaybeTensor:
+        """Join both masks as scaled_dot_product_attention takes them, broadcastable to [B, heads, Q, N].
 
-def attention_weights(q: Tensor, k: Tensor, ignored: Tensor | None) -> Tensor:
-    """Softmax of q [B, heads, Q, c] times k [B, heads, N, c] without the `ignored` [B, 1, 1, N]: [B, heads, Q, N]."""
+        The result is True where a query attends, or floats to add to the scores if `attn_mask` is floating.
+        """
+        attended: MaybeTensor = None
+        if key_padding_mask is not None:
+            attended = ~key_padding_mask[:, None, None, :]
+        if attn_mask is None:
+            return attended
+        if attn_mask.dim() == 3:
+            attn_mask = attn_mask.unflatten(0, (batch, self.num_heads))
+        if attn_mask.dtype == torch.bool:
+            return ~attn_mask if attended is None else attended & ~attn_mask
+        return attn_mask if attended is None else attn_mask.masked_fill(~attended, float("-inf"))
+
+
+def attention_weights(q: Tensor, k: Tensor, mask: MaybeTensor) -> Tensor:
+    """Softmax of q [B, heads, Q, c] times k [B, heads, N, c] under a mask as `_attended` returns: [B, heads, Q, N]."""
     scores = (q * q.shape[-1] ** -0.5) @ k.transpose(2, 3)
-    if ignored is not None:
-        scores += torch.zeros_like(ignored, dtype=scores.dtype).masked_fill_(ignored, float("-inf"))
+    if mask is not None:
+        scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask
     return scores.softmax(dim=-1)
 
 
@@ -158,26 +219,60 @@ class TransformerEncoderLayer(nn.Module):
         normalize_before: bool = False,
     ):
         super().__init__()
-        self.self_attn = Attention(d_model, nhead, dropout=dropout, batch_first=True)
+        self.self_attn = Attention(d_model, nhead, dropout)
         self.linear1 = nn.Linear(d_model, dim_feedforward)
+        self.dropout = nn.Dropout(dropout)
         self.linear2 = nn.Linear(dim_feedforward, d_model)
         self.norm1, self.norm2 = nn.LayerNorm(d_model), nn.LayerNorm(d_model)
-        self.dropout, self.dropout1, self.dropout2 = Dropout(dropout), Dropout(dropout), Dropout(dropout)
-        self.activation = ACTIVATIONS[activation]()
+        self.dropout1, self.dropout2 = nn.Dropout(dropout), nn.Dropout(dropout)
+        self.activation = _get_activation_fn(activation)
         self.normalize_before = normalize_before
 
-    def forward(self, src: Tensor, padding: Tensor, pos: Tensor) -> Tensor:
-        """Features and positions [B, N, C], padding [B, N] -> [B, N, C]."""
-        x = self.norm1(src) if self.normalize_before else src
-        q = x + pos
-        x, _ = self.self_attn(q, q, x, padding)
+    def with_pos_embed(self, tensor: Tensor, pos: MaybeTensor) -> Tensor:
+        """Add positions, if there are any."""
+        return tensor if pos is None else tensor + pos
+
+    def forward_post(
+        self,
+        src: Tensor,
+        src_mask: MaybeTensor = None,
+        src_key_padding_mask: MaybeTensor = None,
+        pos: MaybeTensor = None,
+    ) -> Tensor:
+        """Normalise after each sum (the paper)."""
+        q = self.with_pos_embed(src, pos)
+        x, _ = self.self_attn(q, q, src, src_key_padding_mask, attn_mask=src_mask)
+        src = self.norm1(src + self.dropout1(x))
+        return self.norm2(src + self.dropout2(self._feed_forward(src)))
+
+    def forward_pre(
+        self,
+        src: Tensor,
+        src_mask: MaybeTensor = None,
+        src_key_padding_mask: MaybeTensor = None,
+        pos: MaybeTensor = None,
+    ) -> Tensor:
+        """Normalise before each sublayer (--pre_norm)."""
+        x = self.norm1(src)
+        q = self.with_pos_embed(x, pos)
+        x, _ = self.self_attn(q, q, x, src_key_padding_mask, attn_mask=src_mask)
         src = src + self.dropout1(x)
-        if not self.normalize_before:
-            src = self.norm1(src)
-        x = self.norm2(src) if self.normalize_before else src
-        x = self.linear2(self.dropout(self.activation(self.linear1(x))))
-        src = src + self.dropout2(x)
-        return src if self.normalize_before else self.norm2(src)
+        return src + self.dropout2(self._feed_forward(self.norm2(src)))
+
+    def forward(
+        self,
+        src: Tensor,
+        src_mask: MaybeTensor = None,
+        src_key_padding_mask: MaybeTensor = None,
+        pos: MaybeTensor = None,
+    ) -> Tensor:
+        """Features and positions [B, N, C], attention mask, padding [B, N] -> [B, N, C]."""
+        if self.normalize_before:
+            return self.forward_pre(src, src_mask, src_key_padding_mask, pos)
+        return self.forward_post(src, src_mask, src_key_padding_mask, pos)
+
+    def _feed_forward(self, x: Tensor) -> Tensor:
+        return self.linear2(self.dropout(self.activation(self.linear1(x))))
 
 
 class TransformerDecoderLayer(nn.Module):
@@ -193,30 +288,101 @@ class TransformerDecoderLayer(nn.Module):
         normalize_before: bool = False,
     ):
         super().__init__()
-        self.self_attn = Attention(d_model, nhead, dropout=dropout, batch_first=True)
-        self.multihead_attn = Attention(d_model, nhead, dropout=dropout, batch_first=True)
+        self.self_attn = Attention(d_model, nhead, dropout)
+        self.multihead_attn = Attention(d_model, nhead, dropout)
         self.linear1 = nn.Linear(d_model, dim_feedforward)
+        self.dropout = nn.Dropout(dropout)
         self.linear2 = nn.Linear(dim_feedforward, d_model)
         self.norm1, self.norm2, self.norm3 = nn.LayerNorm(d_model), nn.LayerNorm(d_model), nn.LayerNorm(d_model)
-        self.dropout = Dropout(dropout)
-        self.dropout1, self.dropout2, self.dropout3 = Dropout(dropout), Dropout(dropout), Dropout(dropout)
-        self.activation = ACTIVATIONS[activation]()
+        self.dropout1, self.dropout2, self.dropout3 = nn.Dropout(dropout), nn.Dropout(dropout), nn.Dropout(dropout)
+        self.activation = _get_activation_fn(activation)
         self.normalize_before = normalize_before
 
-    def forward(self, tgt: Tensor, memory: Tensor, padding: Tensor, pos: Tensor, query_pos: Tensor) -> Tensor:
-        """Queries [B, Q, C] twice (content, position), memory and positions [B, N, C], padding [B, N] -> [B, Q, C]."""
-        x = self.norm1(tgt) if self.normalize_before else tgt
-        q = x + query_pos
-        x, _ = self.self_attn(q, q, x)
+    def with_pos_embed(self, tensor: Tensor, pos: MaybeTensor) -> Tensor:
+        """Add positions, if there are any."""
+        return tensor if pos is None else tensor + pos
+
+    def forward_post(
+        self,
+        tgt: Tensor,
+        memory: Tensor,
+        tgt_mask: MaybeTensor = None,
+        memory_mask: MaybeTensor = None,
+        tgt_key_padding_mask: MaybeTensor = None,
+        memory_key_padding_mask: MaybeTensor = None,
+        pos: MaybeTensor = None,
+        query_pos: MaybeTensor = None,
+    ) -> Tensor:
+        """Normalise after each sum (the paper)."""
+        q = self.with_pos_embed(tgt, query_pos)
+        x, _ = self.self_attn(q, q, tgt, tgt_key_padding_mask, attn_mask=tgt_mask)
+        tgt = self.norm1(tgt + self.dropout1(x))
+        q, k = self.with_pos_embed(tgt, query_pos), self.with_pos_embed(memory, pos)
+        x, _ = self.multihead_attn(q, k, memory, memory_key_padding_mask, attn_mask=memory_mask)
+        tgt = self.norm2(tgt + self.dropout2(x))
+        return self.norm3(tgt + self.dropout3(self._feed_forward(tgt)))
+
+    def forward_pre(
+        self,
+        tgt: Tensor,
+        memory: Tensor,
+        tgt_mask: MaybeTensor = None,
+        memory_mask: MaybeTensor = None,
+        tgt_key_padding_mask: MaybeTensor = None,
+        memory_key_padding_mask: MaybeTensor = None,
+        pos: MaybeTensor = None,
+        query_pos: MaybeTensor = None,
+    ) -> Tensor:
+        """Normalise before each sublayer (--pre_norm)."""
+        x = self.norm1(tgt)
+        q = self.with_pos_embed(x, query_pos)
+        x, _ = self.self_attn(q, q, x, tgt_key_padding_mask, attn_mask=tgt_mask)
         tgt = tgt + self.dropout1(x)
-        if not self.normalize_before:
-            tgt = self.norm1(tgt)
-        x = self.norm2(tgt) if self.normalize_before else tgt
-        x, _ = self.multihead_attn(x + query_pos, memory + pos, memory, padding)
+        q, k = self.with_pos_embed(self.norm2(tgt), query_pos), self.with_pos_embed(memory, pos)
+        x, _ = self.multihead_attn(q, k, memory, memory_key_padding_mask, attn_mask=memory_mask)
         tgt = tgt + self.dropout2(x)
-        if not self.normalize_before:
-            tgt = self.norm2(tgt)
-        x = self.norm3(tgt) if self.normalize_before else tgt
-        x = self.linear2(self.dropout(self.activation(self.linear1(x))))
-        tgt = tgt + self.dropout3(x)
-        return tgt if self.normalize_before else self.norm3(tgt)
+        return tgt + self.dropout3(self._feed_forward(self.norm3(tgt)))
+
+    def forward(
+        self,
+        tgt: Tensor,
+        memory: Tensor,
+        tgt_mask: MaybeTensor = None,
+        memory_mask: MaybeTensor = None,
+        tgt_key_padding_mask: MaybeTensor = None,
+        memory_key_padding_mask: MaybeTensor = None,
+        pos: MaybeTensor = None,
+        query_pos: MaybeTensor = None,
+    ) -> Tensor:
+        """Queries [B, Q, C], memory [B, N, C], their positions, attention masks and paddings -> [B, Q, C]."""
+        layer = (tgt, memory, tgt_mask, memory_mask, tgt_key_padding_mask, memory_key_padding_mask, pos, query_pos)
+        if self.normalize_before:
+            return self.forward_pre(*layer)
+        return self.forward_post(*layer)
+
+    def _feed_forward(self, x: Tensor) -> Tensor:
+        return self.linear2(self.dropout(self.activation(self.linear1(x))))
+
+
+def _get_clones(module: nn.Module, N: int) -> nn.ModuleList:
+    return nn.ModuleList([deepcopy(module) for _ in range(N)])
+
+
+def _get_activation_fn(activation: str) -> nn.Module:
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"no activation {activation!r}: choose one of {', '.join(ACTIVATIONS)}")
+    return ACTIVATIONS[activation]()
+
+
+def build_transformer(args) -> Transformer:
+    """Build the transformer that the flags describe."""
+    return Transformer(
+        d_model=args.hidden_dim,
+        nhead=args.nheads,
+        num_encoder_layers=args.enc_layers,
+        num_decoder_layers=args.dec_layers,
+        dim_feedforward=args.dim_feedforward,
+        dropout=args.dropout,
+        normalize_before=args.pre_norm,
+        return_intermediate_dec=True,
+    )

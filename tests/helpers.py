@@ -91,3 +91,8 @@ def matching_scene(queries=5, sizes=(3, 0, 2), layers=2, classes=4, seed=0):
         for n in sizes
     ]  # fmt: skip
     return logits, boxes, targets
+
+
+def layers_of(logits, boxes):
+    """Logits and boxes [L, B, Q, ...] -> the outputs of each decoder layer."""
+    return [{"pred_logits": a, "pred_boxes": b} for a, b in zip(logits, boxes, strict=True)]

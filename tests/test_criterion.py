@@ -3,9 +3,9 @@ import torch
 import torch.nn.functional as F
 
 from models import build_model
-from models.criterion import SetCriterion, weights_for_layers
+from models.criterion import SetCriterion, loss_weights
 from models.matcher import HungarianMatcher
-from tests.helpers import matching_scene, parse
+from tests.helpers import layers_of, matching_scene, parse
 from util.box_ops import box_cxcywh_to_xyxy, generalized_box_iou
 
 CLASSES = 4
@@ -13,7 +13,7 @@ CLASSES = 4
 
 def outputs_of(logits, boxes):
     """Layers first to last -> the model's dict."""
-    layers = [{"pred_logits": a, "pred_boxes": b} for a, b in zip(logits, boxes, strict=True)]
+    layers = layers_of(logits, boxes)
     return {**layers[-1], "aux_outputs": layers[:-1]}
 
 
@@ -79,17 +79,6 @@ def test_half_precision_outputs_are_compared_in_float32():
     assert all(value.dtype == torch.float32 for value in losses.values())
 
 
-def test_a_matcher_of_ones_own_is_asked_layer_by_layer():
-    class First(torch.nn.Module):
-        def forward(self, outputs, targets):
-            return [(torch.arange(len(t["labels"])), torch.arange(len(t["labels"]))) for t in targets]
-
-    logits, boxes, targets = matching_scene(layers=2)
-    losses = SetCriterion(CLASSES, First(), {}, 0.1, ["boxes"])(outputs_of(logits, boxes), targets)
-    by_hand = sum((boxes[0, i, : len(t["boxes"])] - t["boxes"]).abs().sum() for i, t in enumerate(targets)) / 5
-    torch.testing.assert_close(losses["loss_bbox_0"], by_hand)
-
-
 def test_one_copy_to_the_cpu_for_six_layers(monkeypatch):
     copies = []
     for name in ("cpu", "item", "tolist", "numpy", "__bool__", "__float__", "__int__"):
@@ -106,37 +95,91 @@ def test_one_copy_to_the_cpu_for_six_layers(monkeypatch):
     assert copies == ["cpu"]
 
 
-def test_unknown_losses_are_refused_by_name():
-    with pytest.raises(ValueError, match=r"\['colour'\].*boxes"):
-        criterion(["labels", "colour"])
+def test_get_loss_unknown_name_is_refused_with_the_known_ones():
+    logits, boxes, targets = matching_scene()
+    with pytest.raises(ValueError, match="no loss 'colour': choose from boxes, cardinality, labels, masks"):
+        criterion(["labels", "colour"])(outputs_of(logits, boxes), targets)
 
 
-def test_weights_repeat_for_the_earlier_layers():
-    assert weights_for_layers({"loss_ce": 1, "loss_giou": 2}, 3) == {
-        "loss_ce": 1, "loss_giou": 2, "loss_ce_0": 1, "loss_giou_0": 2, "loss_ce_1": 1, "loss_giou_1": 2,
-    }  # fmt: skip
-    assert weights_for_layers({"loss_ce": 1}, 1) == {"loss_ce": 1}
+def test_loss_weights_repeat_for_earlier_layers_except_masks():
+    weights = {"labels": {"loss_ce": 1}, "cardinality": {}, "masks": {"loss_mask": 2}}
+    assert loss_weights(weights, 3) == {"loss_ce": 1, "loss_mask": 2, "loss_ce_0": 1, "loss_ce_1": 1}
+    assert loss_weights(weights, 1) == {"loss_ce": 1, "loss_mask": 2}
 
 
-def test_what_a_subclass_says_holds():
-    class Own(SetCriterion):
-        LOSSES = SetCriterion.LOSSES | {"sizes": "loss_sizes"}
+class Extended(SetCriterion):
+    """One loss overridden and one added, in the reference's extension API."""
 
-        def loss_boxes(self, matched):
-            return {"loss_bbox": matched.boxes.new_tensor([1.0, 2.0])}
+    def loss_boxes(self, outputs, targets, indices, num_boxes):
+        return {"loss_bbox": outputs["pred_boxes"].sum() * 0 + 1}
 
-        def loss_sizes(self, matched):
-            return {"loss_size": matched.of_pairs(matched.boxes)[..., 2:].sum((1, 2))}
+    def loss_sizes(self, outputs, targets, indices, num_boxes):
+        return {"loss_size": outputs["pred_boxes"][self._get_src_permutation_idx(indices)][:, 2:].sum() / num_boxes}
 
-    class Last(HungarianMatcher):
-        def forward(self, outputs, targets):
-            assert set(outputs) == {"pred_logits", "pred_boxes"}
-            return [([4], [0]) for _ in targets]
 
+def test_criterion_subclass_losses_are_called_for_every_layer():
+    logits, boxes, targets = matching_scene(sizes=(1, 2), layers=3)
+    matcher = HungarianMatcher(1, 5, 2)
+    losses = Extended(CLASSES, matcher, {}, 0.1, ["boxes", "sizes"])(outputs_of(logits, boxes), targets)
+    for suffix, layer in (("", 2), ("_0", 0), ("_1", 1)):
+        assert losses[f"loss_bbox{suffix}"] == 1
+        pairs = matcher(layers_of(logits, boxes)[layer], targets)
+        expected = sum(boxes[layer, i, queries, 2:].sum() for i, (queries, _) in enumerate(pairs)) / 3
+        torch.testing.assert_close(losses[f"loss_size{suffix}"], expected)
+
+
+@pytest.mark.parametrize("name", ["loss_boxes", "get_loss", "_get_src_permutation_idx"])
+def test_criterion_method_overridden_on_the_instance_is_used(name):
+    logits, boxes, targets = matching_scene(sizes=(1, 2), layers=3)
+    one, calls = criterion(["boxes"]), []
+    original = getattr(one, name)
+
+    def watched(*args, **kwargs):
+        calls.append(name)
+        return original(*args, **kwargs)
+
+    setattr(one, name, watched)
+    one(outputs_of(logits, boxes), targets)
+    assert len(calls) == 3
+
+
+class Last(HungarianMatcher):
+    """Always query 4, whatever it predicts; lists instead of tensors."""
+
+    def forward(self, outputs, targets):
+        return [([4], [0]) for _ in targets]
+
+
+def test_matcher_subclass_or_instance_override_is_used():
     logits, boxes, targets = matching_scene(sizes=(1, 1), layers=2)
-    losses = Own(CLASSES, Last(), {}, 0.1, ["boxes", "sizes"])(outputs_of(logits, boxes), targets)
-    assert losses["loss_bbox"] == 1 and losses["loss_bbox_0"] == 2
-    torch.testing.assert_close(losses["loss_size"], boxes[1, :, 4, 2:].sum())
+    expected = boxes[:, :, 4, 2:].sum((1, 2)) / 2
+    subclassed = Extended(CLASSES, Last(), {}, 0.1, ["sizes"])
+    patched = Extended(CLASSES, HungarianMatcher(), {}, 0.1, ["sizes"])
+    patched.matcher.forward = Last().forward
+    replaced = Extended(CLASSES, HungarianMatcher(), {}, 0.1, ["sizes"])
+    replaced.matcher = Last()
+    for one in (subclassed, patched, replaced):
+        losses = one(outputs_of(logits, boxes), targets)
+        torch.testing.assert_close(torch.stack([losses["loss_size_0"], losses["loss_size"]]), expected)
+
+
+def test_matcher_of_ones_own_gets_all_outputs_of_its_layer():
+    class Picky(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.seen = []
+
+        def forward(self, outputs, targets):
+            self.seen.append(sorted(outputs))
+            taken = len(self.seen) % 2  # other pairs, and another number of them, at each layer
+            return [(torch.arange(taken), torch.arange(taken)) for _ in targets]
+
+    logits, boxes, targets = matching_scene(sizes=(2, 1), layers=2)
+    outputs = outputs_of(logits, boxes) | {"pred_extra": boxes[1]}
+    losses = SetCriterion(CLASSES, Picky(), {}, 0.1, ["boxes"])
+    values = losses(outputs, targets)
+    assert losses.matcher.seen == [["pred_boxes", "pred_extra", "pred_logits"], ["pred_boxes", "pred_logits"]]
+    assert values["loss_bbox"] > 0 and values["loss_bbox_0"] == 0
 
 
 def test_an_image_without_objects_may_have_boxes_without_a_shape():

@@ -13,7 +13,7 @@ from torch import nn
 import models
 from models import build_model
 from models.detr import PostProcess
-from models.transformer import Transformer
+from models.transformer import Attention, Transformer
 from tests.helpers import parse
 from util.nested_tensor import NestedTensor, nested_tensor_from_tensor_list
 
@@ -150,16 +150,44 @@ def test_attention_weights_come_to_whoever_hooks_the_module():
     torch.testing.assert_close(plain, hooked)
 
 
-def test_attention_equals_pytorchs():
-    from models.transformer import Attention
+ATTENTION_MASKS = {
+    "none": None,
+    "boolean": torch.rand(3, 5, generator=torch.Generator().manual_seed(0)) > 0.7,
+    "floating": torch.randn(3, 5, generator=torch.Generator().manual_seed(0)),
+    "each head": torch.rand(8, 3, 5, generator=torch.Generator().manual_seed(0)) > 0.7,
+}
 
+
+@pytest.mark.parametrize("attn_mask", ATTENTION_MASKS.values(), ids=ATTENTION_MASKS)
+@pytest.mark.parametrize("average", [True, False])
+def test_attention_with_masks_equals_pytorchs(attn_mask, average):
     torch.manual_seed(0)
-    ours = Attention(16, 4, batch_first=True).eval()
+    ours = Attention(16, 4).eval()
     peer = nn.MultiheadAttention(16, 4, batch_first=True).eval()
+    nn.init.normal_(ours.in_proj_bias)
     peer.load_state_dict(ours.state_dict())
     q, k, v = torch.rand(2, 3, 16), torch.rand(2, 5, 16), torch.rand(2, 5, 16)
-    padding = torch.tensor([[False] * 5, [False, False, True, True, True]])
-    torch.testing.assert_close(ours(q, k, v, padding)[0], peer(q, k, v, key_padding_mask=padding)[0])
+    padding = torch.tensor([[False] * 5, [False, False, False, True, True]])
+    same_type = (
+        padding.float().masked_fill(padding, float("-inf")) if attn_mask is ATTENTION_MASKS["floating"] else padding
+    )
+    expected = peer(q, k, v, key_padding_mask=same_type, attn_mask=attn_mask, average_attn_weights=average)
+    found = ours(q, k, v, padding, True, attn_mask=attn_mask, average_attn_weights=average)
+    torch.testing.assert_close(found, expected)
+    assert ours(q, k, v, padding, attn_mask=attn_mask)[1] is None
+
+
+@pytest.mark.parametrize("pre_norm", [False, True])
+def test_decoder_tgt_mask_hides_queries_from_each_other(pre_norm):
+    torch.manual_seed(0)
+    transformer = Transformer(16, 4, 1, 2, 32, normalize_before=pre_norm, return_intermediate_dec=True).eval()
+    memory, pos, queries = torch.rand(2, 6, 16), torch.rand(2, 6, 16), torch.rand(2, 5, 16)
+    alone = torch.ones(5, 5, dtype=torch.bool).fill_diagonal_(False)  # each query sees itself only
+    options = {"pos": pos, "query_pos": queries}
+    masked = transformer.decoder(torch.zeros(2, 5, 16), memory, tgt_mask=alone, **options)
+    options["query_pos"] = queries[:, 3:4]
+    one = transformer.decoder(torch.zeros(2, 1, 16), memory, **options)
+    torch.testing.assert_close(masked[:, :, 3:4], one)
 
 
 @pytest.mark.parametrize("flags", ["", "--pre_norm", "--position_embedding learned"])
@@ -222,11 +250,11 @@ def test_without_a_network_old_callers_go_on_and_new_ones_are_told(monkeypatch):
     monkeypatch.setenv("TORCH_HOME", "/nonexistent-for-this-test")
     monkeypatch.setattr("os.makedirs", lambda *a, **k: None)
     args = parse("--backbone_weights imagenet")
-    with pytest.raises(OSError, match="--backbone_weights"):
+    with pytest.raises(OSError, match="path of a local copy as backbone weights"):
         build_model(args)
     del args.backbone_weights
     warned = []
-    monkeypatch.setattr(models.logger, "warning", warned.append)
+    monkeypatch.setattr(models.backbone.logger, "warning", warned.append)
     build_model(args)
     assert "random until a checkpoint" in warned[0]
 
