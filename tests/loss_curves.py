@@ -22,7 +22,7 @@ from datasets import build_dataset
 from engine import compile_network, train_one_epoch
 from main import build_run, build_train_loader, get_args_parser
 from models import backbone, build_model
-from models.transformer import Attention
+from models.attention import Attention
 from util.nested_tensor import NestedTensor
 
 

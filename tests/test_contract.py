@@ -1,4 +1,4 @@
-"""Names, parameters and defaults that code written against DETR imports: tests/contract/names.json, from the reference."""
+"""Names, parameters and defaults that code written against DETR relies on, listed in tests/contract/names.json."""
 
 import importlib
 import inspect

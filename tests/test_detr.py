@@ -12,8 +12,9 @@ from torch import nn
 
 import models
 from models import build_model
+from models.attention import Attention
 from models.detr import PostProcess
-from models.transformer import Attention, Transformer
+from models.transformer import Transformer
 from tests.helpers import parse
 from util.nested_tensor import NestedTensor, nested_tensor_from_tensor_list
 

@@ -87,7 +87,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_weights_learn_from_it():
         model.bbox_embed.layers[-1].bias.fill_(float("nan"))
     before = model.class_embed.weight.detach().clone()
     with pytest.raises(
-        FloatingPointError, match=r"epoch 3, step 0, images \[5, 6\].*loss_bbox, loss_bbox_0, loss_giou, "
+        FloatingPointError, match=r"epoch 3, step 0, images \[5, 6\].*loss_bbox, loss_giou, loss_bbox_0, "
     ) as caught:
         train_one_epoch(model, criterion, [batch(2, 5)], optimizer, torch.device("cpu"), 3)
     assert "loss_ce" not in str(caught.value) and torch.equal(before, model.class_embed.weight)

@@ -1,4 +1,4 @@
-"""The layout that DETR's readers rely on: who imports whom, and where the flags stop."""
+"""Layout rules: which part imports which, where the flags stop, and how long files and functions are."""
 
 import ast
 from pathlib import Path
@@ -13,7 +13,7 @@ ABOVE = {  # what each part may import, of the project's own
     "run_with_submitit": {"util", "models", "datasets", "engine", "main"},
     "hubconf": {"util", "models"},
 }
-SEE_FLAGS = {"main.py", "run_with_submitit.py", "models/__init__.py", "datasets/__init__.py", "util/misc.py"}
+SEE_FLAGS = {"main.py", "run_with_submitit.py", "util/flags.py", "util/misc.py"}
 
 
 def sources():
@@ -35,12 +35,12 @@ def test_imports_go_one_way():
                 assert "util.misc" not in names, f"{path}: util.misc is for code outside"
 
 
-def test_the_flags_stop_at_the_door():
+def test_args_are_read_by_build_functions_only():
     for _, path in sources():
         if str(path.relative_to(ROOT)) in SEE_FLAGS:
             continue
         for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.FunctionDef):
+            if isinstance(node, ast.FunctionDef) and node.name != "build" and not node.name.startswith("build_"):
                 names = [a.arg for a in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)]
                 assert "args" not in names, f"{path.name}:{node.lineno} {node.name} takes the flags"
 
@@ -51,7 +51,7 @@ def test_functions_and_files_stay_short():
         assert part == "main" or len(text.splitlines()) <= 300, f"{path} is past 300 lines"
         for node in ast.walk(ast.parse(text)):
             if isinstance(node, ast.FunctionDef) and node.name != "get_args_parser":
-                assert node.end_lineno - node.lineno < 65, f"{path.name}: {node.name} is past 65 lines"
+                assert node.end_lineno - node.lineno < 50, f"{path.name}: {node.name} is past 50 lines"
 
 
 def test_every_file_says_what_it_owns():
