@@ -74,11 +74,7 @@ class TransformerEncoder(nn.Module):
         self.norm = nn.Identity() if norm is None else norm
 
     def forward(
-        self,
-        src: Tensor,
-        mask: MaybeTensor = None,
-        src_key_padding_mask: MaybeTensor = None,
-        pos: MaybeTensor = None,
+        self, src: Tensor, mask: MaybeTensor = None, src_key_padding_mask: MaybeTensor = None, pos: MaybeTensor = None
     ) -> Tensor:
         """Features and positions [B, N, C], attention mask, padding [B, N] -> memory [B, N, C]."""
         for layer in self.layers:
@@ -117,14 +113,7 @@ class TransformerDecoder(nn.Module):
         kept: list[Tensor] = []
         for layer in self.layers:
             tgt = layer(
-                tgt,
-                memory,
-                tgt_mask=tgt_mask,
-                memory_mask=memory_mask,
-                tgt_key_padding_mask=tgt_key_padding_mask,
-                memory_key_padding_mask=memory_key_padding_mask,
-                pos=pos,
-                query_pos=query_pos,
+                tgt, memory, tgt_mask, memory_mask, tgt_key_padding_mask, memory_key_padding_mask, pos, query_pos
             )
             if self.return_intermediate:
                 kept.append(self.norm(tgt))
