@@ -11,8 +11,6 @@ from torch import Tensor, nn
 
 from models.attention import Attention, MaybeTensor
 
-ACTIVATIONS = {"relu": nn.ReLU, "gelu": nn.GELU}
-
 
 class Transformer(nn.Module):
     """Encoder over image features, decoder over object queries (paper, section 3.2 and appendix A.3)."""
@@ -283,9 +281,9 @@ def _get_clones(module: nn.Module, N: int) -> nn.ModuleList:
 
 
 def _get_activation_fn(activation: str) -> nn.Module:
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"no activation {activation!r}: choose one of {', '.join(ACTIVATIONS)}")
-    return ACTIVATIONS[activation]()
+    if activation not in ("relu", "gelu"):
+        raise ValueError(f"no activation {activation!r}: choose relu or gelu")
+    return nn.ReLU() if activation == "relu" else nn.GELU()
 
 
 def build_transformer(args) -> Transformer:
