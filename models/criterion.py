@@ -54,7 +54,7 @@ class SetCriterion(nn.Module):
         device = outputs["pred_logits"].device
         last = {name: value for name, value in outputs.items() if name != "aux_outputs"}
         layers = [_in_float32(layer) for layer in (last, *outputs.get("aux_outputs", ()))]
-        num_boxes = self._num_boxes(targets, device)
+        num_boxes = self.count_objects(targets, device)
         losses: dict[str, Tensor] = {}
         with torch.autocast(device.type, enabled=False):
             indices = _to_device(self._match(layers, targets), device)
@@ -156,7 +156,7 @@ class SetCriterion(nn.Module):
         every = masks.new_zeros(*outputs["pred_logits"].shape[:2], *masks.shape[-2:])
         return every.index_put(matched, masks)
 
-    def _num_boxes(self, targets: list[dict], device: torch.device) -> Tensor | float:
+    def count_objects(self, targets: list[dict], device: torch.device) -> Tensor | float:
         """Count the objects, averaged over processes in training, at least 1: what sums over pairs are divided by.
 
         In evaluation, processes may have different numbers of batches and must not wait for each other.

@@ -57,9 +57,15 @@ class Transformer(nn.Module):
         padding = mask.flatten(1)
         memory = self.encoder(cells, src_key_padding_mask=padding, pos=pos)
         query_pos = query_embed.unsqueeze(0).expand(batch, -1, -1)
-        tgt = torch.zeros_like(query_pos)
-        hs = self.decoder(tgt, memory, memory_key_padding_mask=padding, pos=pos, query_pos=query_pos)
+        hs = self.decode(memory, padding, pos, query_pos)
         return hs, memory.transpose(1, 2).unflatten(2, (h, w))
+
+    def decode(
+        self, memory: Tensor, padding: Tensor, pos: Tensor, query_pos: Tensor, tgt_mask: MaybeTensor = None
+    ) -> Tensor:
+        """Run the decoder from queries [B, Q, C] over memory and positions [B, N, C]: hs [L, B, Q, C]."""
+        tgt = torch.zeros_like(query_pos)
+        return self.decoder(tgt, memory, tgt_mask, memory_key_padding_mask=padding, pos=pos, query_pos=query_pos)
 
 
 class TransformerEncoder(nn.Module):
@@ -97,16 +103,10 @@ class TransformerDecoder(nn.Module):
         self.return_intermediate = return_intermediate
 
     def forward(
-        self,
-        tgt: Tensor,
-        memory: Tensor,
-        tgt_mask: MaybeTensor = None,
-        memory_mask: MaybeTensor = None,
-        tgt_key_padding_mask: MaybeTensor = None,
-        memory_key_padding_mask: MaybeTensor = None,
-        pos: MaybeTensor = None,
-        query_pos: MaybeTensor = None,
-    ) -> Tensor:
+        self, tgt: Tensor, memory: Tensor, tgt_mask: MaybeTensor = None, memory_mask: MaybeTensor = None,
+        tgt_key_padding_mask: MaybeTensor = None, memory_key_padding_mask: MaybeTensor = None,
+        pos: MaybeTensor = None, query_pos: MaybeTensor = None,
+    ) -> Tensor:  # fmt: skip
         """Queries [B, Q, C], memory [B, N, C], their positions, attention masks and paddings -> [L or 1, B, Q, C]."""
         kept: list[Tensor] = []
         for layer in self.layers:
@@ -215,16 +215,10 @@ class TransformerDecoderLayer(nn.Module):
         return tensor if pos is None else tensor + pos
 
     def forward_post(
-        self,
-        tgt: Tensor,
-        memory: Tensor,
-        tgt_mask: MaybeTensor = None,
-        memory_mask: MaybeTensor = None,
-        tgt_key_padding_mask: MaybeTensor = None,
-        memory_key_padding_mask: MaybeTensor = None,
-        pos: MaybeTensor = None,
-        query_pos: MaybeTensor = None,
-    ) -> Tensor:
+        self, tgt: Tensor, memory: Tensor, tgt_mask: MaybeTensor = None, memory_mask: MaybeTensor = None,
+        tgt_key_padding_mask: MaybeTensor = None, memory_key_padding_mask: MaybeTensor = None,
+        pos: MaybeTensor = None, query_pos: MaybeTensor = None,
+    ) -> Tensor:  # fmt: skip
         """Normalise after each sum (the paper)."""
         q = self.with_pos_embed(tgt, query_pos)
         x, _ = self.self_attn(q, q, tgt, tgt_key_padding_mask, attn_mask=tgt_mask)
@@ -235,16 +229,10 @@ class TransformerDecoderLayer(nn.Module):
         return self.norm3(tgt + self.dropout3(self._feed_forward(tgt)))
 
     def forward_pre(
-        self,
-        tgt: Tensor,
-        memory: Tensor,
-        tgt_mask: MaybeTensor = None,
-        memory_mask: MaybeTensor = None,
-        tgt_key_padding_mask: MaybeTensor = None,
-        memory_key_padding_mask: MaybeTensor = None,
-        pos: MaybeTensor = None,
-        query_pos: MaybeTensor = None,
-    ) -> Tensor:
+        self, tgt: Tensor, memory: Tensor, tgt_mask: MaybeTensor = None, memory_mask: MaybeTensor = None,
+        tgt_key_padding_mask: MaybeTensor = None, memory_key_padding_mask: MaybeTensor = None,
+        pos: MaybeTensor = None, query_pos: MaybeTensor = None,
+    ) -> Tensor:  # fmt: skip
         """Normalise before each sublayer (--pre_norm)."""
         x = self.norm1(tgt)
         q = self.with_pos_embed(x, query_pos)
@@ -256,16 +244,10 @@ class TransformerDecoderLayer(nn.Module):
         return tgt + self.dropout3(self._feed_forward(self.norm3(tgt)))
 
     def forward(
-        self,
-        tgt: Tensor,
-        memory: Tensor,
-        tgt_mask: MaybeTensor = None,
-        memory_mask: MaybeTensor = None,
-        tgt_key_padding_mask: MaybeTensor = None,
-        memory_key_padding_mask: MaybeTensor = None,
-        pos: MaybeTensor = None,
-        query_pos: MaybeTensor = None,
-    ) -> Tensor:
+        self, tgt: Tensor, memory: Tensor, tgt_mask: MaybeTensor = None, memory_mask: MaybeTensor = None,
+        tgt_key_padding_mask: MaybeTensor = None, memory_key_padding_mask: MaybeTensor = None,
+        pos: MaybeTensor = None, query_pos: MaybeTensor = None,
+    ) -> Tensor:  # fmt: skip
         """Queries [B, Q, C], memory [B, N, C], their positions, attention masks and paddings -> [B, Q, C]."""
         layer = (tgt, memory, tgt_mask, memory_mask, tgt_key_padding_mask, memory_key_padding_mask, pos, query_pos)
         if self.normalize_before:

@@ -1,0 +1,151 @@
+"""Denoising queries: extra decoder queries, in training only, whose targets are known without matching.
+
+DN-DETR (Li et al., "DN-DETR: Accelerate DETR Training by Introducing Query DeNoising", CVPR 2022, arXiv 2203.01305): a
+ground-truth box with noise, and the class of the object, become a query that must give back the object. The decoder
+learns what a query at a place should answer before the matching is stable. The negatives are from DINO (Zhang et al.,
+2022, arXiv 2203.03605): the same object with more noise, which must answer "no object" and teaches the decoder to give
+one answer per object.
+
+The denoising queries run through the same decoder in the same pass. An attention mask hides each group from the other
+groups and from the object queries, and the object queries from all groups. The trained network is not changed: the
+parameters below live in a module of their own, beside it.
+
+Shapes: B images, Q object queries, G groups, T the most objects in an image of the batch, C hidden width. A group has
+2 T queries: T noised objects, then T negatives; D = 2 G T. Boxes are cxcywh in 0..1.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+
+from models.criterion import SetCriterion
+from models.detr import DETR
+from models.matcher import Indices
+from util.nested_tensor import NestedTensor
+
+PREFIX = "dn_"  # of the names of the denoising losses
+DENOISED = ("loss_ce", "loss_bbox", "loss_giou")
+
+
+class DenoisingDETR(nn.Module):
+    """A DETR in training with denoising queries beside its object queries.
+
+    `detr` is the network itself, which is trained here and then used, saved and evaluated alone. `groups` is the number
+    of times each object is noised. `box_noise` is the largest shift of a corner, as a share of half the box's sides
+    (negatives: between one and two times that); `label_noise` is the share of classes replaced by random ones.
+    """
+
+    def __init__(self, detr: DETR, num_classes: int, groups: int, box_noise: float = 0.4, label_noise: float = 0.2):
+        super().__init__()
+        self.detr = detr
+        self.groups, self.box_noise, self.label_noise = groups, box_noise, label_noise
+        self.num_classes = num_classes
+        width = detr.transformer.d_model
+        self.label_embed = nn.Embedding(num_classes, width)
+        self.box_embed = nn.Linear(4, width)
+
+    def forward(self, samples: NestedTensor, targets: list[dict[str, Tensor]]) -> dict:
+        """Detect objects as DETR does, and reconstruct noised ones.
+
+        Returns DETR's outputs and `denoising`: the outputs of the denoising queries [B, D, ...] in the same form, with
+        `aux_outputs`, for DenoisingCriterion.
+        """
+        detr = self.detr
+        features, positions = detr.backbone(samples)
+        src, mask = features[-1].decompose()
+        cells, pos = detr.input_proj(src).flatten(2).transpose(1, 2), positions[-1].flatten(2).transpose(1, 2)
+        padding = mask.flatten(1)
+        memory = detr.transformer.encoder(cells, src_key_padding_mask=padding, pos=pos)
+
+        labels, boxes = self.noised(targets)
+        noised = self.label_embed(labels) + self.box_embed(boxes)
+        queries = detr.query_embed.weight.unsqueeze(0).expand(len(targets), -1, -1)
+        count, tgt_mask = queries.shape[1], self.attention_mask(queries.shape[1], noised.shape[1], noised.device)
+        query_pos = torch.cat([queries, noised.to(queries.dtype)], dim=1)
+        hs = detr.transformer.decode(memory, padding, pos, query_pos, tgt_mask)
+        outputs = detr.predict(hs[:, :, :count])
+        outputs["denoising"] = detr.predict(hs[:, :, count:])
+        return outputs
+
+    @torch.no_grad()
+    def noised(self, targets: list[dict[str, Tensor]]) -> tuple[Tensor, Tensor]:
+        """Draw classes [B, D] and boxes [B, D, 4] of the denoising queries.
+
+        An image with fewer than T objects gets random ones in their place, which must answer "no object".
+        """
+        most = max(1, *(len(target["labels"]) for target in targets))
+        labels, boxes = _padded_objects(targets, most, self.num_classes)
+        copies = 2 * self.groups  # of each group, first the noised objects, then the negatives
+        labels, boxes = labels.repeat(1, copies), boxes.repeat(1, copies, 1)
+        random_labels = torch.randint_like(labels, self.num_classes)
+        labels = torch.where(torch.rand(labels.shape, device=labels.device) < self.label_noise, random_labels, labels)
+
+        negative = torch.arange(copies, device=labels.device).repeat_interleave(most) % 2
+        share = torch.rand_like(boxes) + negative[:, None]  # 0..1 of the noise, negatives 1..2
+        sign = torch.randint_like(boxes, 2) * 2 - 1
+        half = boxes[..., 2:].repeat(1, 1, 2) / 2
+        centre = boxes[..., :2].repeat(1, 1, 2)
+        corners = centre + half * torch.tensor([-1.0, -1.0, 1.0, 1.0], device=boxes.device)
+        corners = (corners + sign * share * self.box_noise * half).clamp(0, 1)
+        low = torch.minimum(corners[..., :2], corners[..., 2:])
+        high = torch.maximum(corners[..., :2], corners[..., 2:])
+        return labels, torch.cat([(low + high) / 2, high - low], dim=-1)
+
+    def attention_mask(self, queries: int, denoising: int, device: torch.device) -> Tensor:
+        """True where a query must not attend: bool [Q + D, Q + D]."""
+        group = torch.arange(denoising, device=device) // (denoising // self.groups)
+        owner = torch.cat([torch.full((queries,), -1, device=device), group])  # object queries are a group of their own
+        return owner[:, None] != owner[None, :]
+
+
+class DenoisingCriterion(nn.Module):
+    """DETR's loss, and the same losses of the denoising queries under names that begin with `dn_`.
+
+    `criterion` is the loss of the object queries. The denoising queries need no matching: query t of each group answers
+    object t, and the negatives answer "no object".
+    """
+
+    def __init__(self, criterion: SetCriterion, groups: int):
+        super().__init__()
+        self.criterion, self.groups = criterion, groups
+        trained = {name: weight for name, weight in criterion.weight_dict.items() if name.startswith(DENOISED)}
+        self.weight_dict = criterion.weight_dict | {PREFIX + name: weight for name, weight in trained.items()}
+
+    def forward(self, outputs: dict, targets: list[dict]) -> dict[str, Tensor]:
+        """Compute all losses; outputs without `denoising`, as in evaluation, give DETR's only."""
+        losses = self.criterion(outputs, targets)
+        if "denoising" not in outputs:
+            return losses
+        last = outputs["denoising"]
+        indices = self.indices(targets, last["pred_logits"])
+        num_boxes = self.criterion.count_objects(targets, last["pred_logits"].device) * self.groups
+        for i, layer in enumerate([last, *last.get("aux_outputs", ())]):
+            suffix = f"_{i - 1}" if i else ""
+            with torch.autocast(last["pred_logits"].device.type, enabled=False):
+                values = self.criterion.loss_labels(layer, targets, indices, num_boxes, log=False)
+                values |= self.criterion.loss_boxes(layer, targets, indices, num_boxes)
+            losses |= {f"{PREFIX}{name}{suffix}": value for name, value in values.items()}
+        return losses
+
+    def indices(self, targets: list[dict], logits: Tensor) -> Indices:
+        """For each image, the denoising queries that answer an object, and the object of each."""
+        most = logits.shape[1] // (2 * self.groups)
+        first = torch.arange(self.groups, device=logits.device) * 2 * most
+        pairs = []
+        for target in targets:
+            objects = torch.arange(len(target["labels"]), device=logits.device)
+            pairs.append(((first[:, None] + objects).flatten(), objects.repeat(self.groups)))
+        return pairs
+
+
+def _padded_objects(targets: list[dict[str, Tensor]], most: int, num_classes: int) -> tuple[Tensor, Tensor]:
+    """Classes [B, T] and boxes [B, T, 4] of all objects, filled up with random ones to T = `most`."""
+    labels = pad_sequence([target["labels"] for target in targets], batch_first=True, padding_value=-1)
+    boxes = pad_sequence([target["boxes"].float().reshape(-1, 4) for target in targets], batch_first=True)
+    if labels.shape[1] == 0:
+        labels, boxes = labels.new_full((len(targets), most), -1), boxes.new_zeros(len(targets), most, 4)
+    missing = labels < 0
+    labels = torch.where(missing, torch.randint_like(labels, num_classes), labels)
+    size = torch.rand_like(boxes[..., 2:]) * 0.5 + 0.05
+    centre = size / 2 + torch.rand_like(size) * (1 - size)
+    return labels, torch.where(missing[..., None], torch.cat([centre, size], dim=-1), boxes)
