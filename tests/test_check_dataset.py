@@ -8,7 +8,7 @@ import pytest
 from datasets import build_dataset
 from tests.helpers import parse
 from tools.check_dataset import main
-from util.tool import exit_status
+from tools.cli import exit_status
 
 
 def change(root, part, edit):

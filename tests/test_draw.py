@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from util.draw import class_colour, contact_sheet, draw_boxes, draw_masks, draw_segments, fit, titled
+from tools.cli import printable
+from tools.draw import class_colour, contact_sheet, draw_boxes, draw_masks, draw_panoptic, fit, titled
 
 GREY = Image.new("RGB", (100, 80), (128, 128, 128))
 RED, BLUE = (255, 0, 0), (0, 0, 255)
@@ -46,20 +47,27 @@ def test_masks_tint_their_pixels_the_first_on_top():
     masks = np.zeros((2, 80, 100), bool)
     masks[0, :40], masks[1, :60] = True, True
     pixels = np.asarray(draw_masks(GREY, masks, [RED, BLUE]))
-    assert pixels[10, 10].tolist() == [192, 64, 64]
-    assert pixels[50, 10].tolist() == [64, 64, 192]
+    assert pixels[10, 10].tolist() == [191, 64, 64]
+    assert pixels[50, 10].tolist() == [64, 64, 191]
     assert pixels[70, 10].tolist() == [128, 128, 128]
-    with pytest.raises(ValueError, match="masks of 5 x 5"):
+    with pytest.raises(ValueError, match="same height and width"):
         draw_masks(GREY, np.zeros((1, 5, 5), bool), [RED])
 
 
-def test_segments_have_borders_and_names():
+def test_draw_panoptic_gives_segments_borders_and_names():
     ids = np.zeros((80, 100), int)
     ids[:, 50:] = 7
-    picture = draw_segments(GREY, ids, [7], ["thing"], [BLUE])
+    picture = draw_panoptic(GREY, ids, [{"id": 7, "category_id": 3}, {"id": 8, "category_id": 3}], {3: "thing"})
     assert np.asarray(picture)[70, 50].min() > 200  # the border
-    assert coloured(picture, BLUE).sum() > 50  # the caption's paper
+    assert coloured(picture, class_colour(3)).sum() > 50  # the caption's background
     assert np.asarray(picture)[70, 10].tolist() == [128, 128, 128]
+
+
+@pytest.mark.parametrize("text", ["\x1b[31mred", "b\udce9", "two\nlines"])
+def test_captions_and_titles_of_any_text_are_drawn_as_escapes(text):
+    escaped = draw_boxes(GREY, [[5, 40, 90, 70]], [printable(text)], [RED])
+    assert np.array_equal(draw_boxes(GREY, [[5, 40, 90, 70]], [text], [RED]), escaped)
+    assert titled(GREY, text).size == (100, 100)
 
 
 def test_fit_scales_both_ways():
@@ -70,7 +78,7 @@ def test_fit_scales_both_ways():
 def test_a_sheet_holds_every_picture_and_refuses_none():
     sheet = contact_sheet([titled(GREY, "a title that is longer than the picture is wide")] * 5, columns=2)
     assert sheet.size == (2 * 100 + 3 * 8, 3 * (80 + 20) + 4 * 8)
-    with pytest.raises(ValueError, match="no pictures"):
+    with pytest.raises(ValueError, match="no images"):
         contact_sheet([], 2)
 
 

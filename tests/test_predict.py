@@ -3,6 +3,9 @@
 import argparse
 import json
 import re
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,9 +17,9 @@ import main as training
 from models import build_model
 from tests.helpers import parse
 from tools import draw_panoptic, predict, show_predictions
+from tools.cli import exit_status
 from tools.predictor import Predictor
 from util.checkpoint import save_checkpoint
-from util.tool import exit_status
 
 NAMES = {1: "cat", 3: "dog"}
 
@@ -88,10 +91,12 @@ def test_a_batch_of_images_gives_what_each_gives_alone(coco_root, checkpoint, tm
     equal = [torch.randint(0, 256, (3, 40, 64), dtype=torch.uint8) for _ in range(3)]
     unequal = [torch.randint(0, 256, (3, *size), dtype=torch.uint8) for size in [(40, 64), (64, 64), (70, 33)]]
     for images, pixels in (equal, 1e-3), (unequal, 1.0):  # the network sees the padding beside an image's edge
-        for alone, together in zip([predictor(image, 0) for image in images], predictor.many(images, 0), strict=True):
+        for alone, together in zip(
+            [predictor(image, 0) for image in images], predictor.predict_batch(images, 0), strict=True
+        ):
             torch.testing.assert_close(together.boxes, alone.boxes, rtol=0, atol=pixels)
             assert together.image.shape == alone.image.shape and len(together) == 8
-    assert predictor.many([]) == []
+    assert predictor.predict_batch([]) == []
     (coco_root / "val2017" / "broken.jpg").write_text("no picture")
     for size in (1, 2):
         flags = ("--checkpoint", checkpoint, "--threshold", 0, "--output", tmp_path / str(size), "--batch_size", size)
@@ -115,8 +120,9 @@ def test_the_faster_ways_find_the_same(coco_root, checkpoint, monkeypatch):
     plain, fast = Predictor.from_checkpoint(checkpoint, "cpu"), Predictor.from_checkpoint(checkpoint, "cpu")
     compiled = []
     monkeypatch.setattr(torch.nn.Module, "compile", lambda *_, **how: compiled.append(how))
-    fast.faster(compile="fixed")
-    fast.faster(compile="any", amp="bf16")
+    fast.compile("fixed")
+    fast.compile("any")
+    fast.amp = "bf16"
     a, b = plain(image, threshold=0), fast(image, threshold=0)
     assert compiled == [{"dynamic": False, "mode": "reduce-overhead"}, {"dynamic": True}]
     assert a.scores.tolist() != b.scores.tolist()
@@ -152,14 +158,15 @@ def test_names_come_from_an_annotation_file(coco_root, checkpoint):
     content = json.loads(path.read_text())
     content["categories"][0]["name"] = "tiger"
     path.write_text(json.dumps(content))
-    assert predict.load_predictor(checkpoint, None, path, "cpu").class_names == {1: "tiger", 3: "dog"}
+    args = predict.get_args_parser().parse_args(["x", "--checkpoint", str(checkpoint), "--annotations", str(path)])
+    assert predict.build_predictor(args).class_names == {1: "tiger", 3: "dog"}
 
 
 def test_ids_and_file_names(tmp_path, coco_root):
     folder = coco_root / "val2017"
     paths = predict.find_images([str(folder / "*21.jpg"), str(folder)])
-    assert [path.name for path in paths] == [f"0000000000{i}.jpg" for i in (21, 22, 23)]
-    assert predict.image_ids(paths, None) == [21, 22, 23]
+    assert list(paths.values()) == [f"0000000000{i}.jpg" for i in (21, 22, 23)]
+    assert predict.image_ids(list(paths), None) == [21, 22, 23]
     assert predict.image_ids([folder / "a.jpg", folder / "7.jpg"], None) == [1, 2]
     with pytest.raises(ValueError, match="does not list 1 of the images: a.jpg"):
         predict.image_ids([folder / "a.jpg"], str(coco_root / "annotations" / "instances_val2017.json"))
@@ -202,8 +209,8 @@ def test_an_unreadable_image_is_told_and_the_rest_goes_on(coco_root, checkpoint,
         ("IMAGES --checkpoint MISFIT", "misfit.pth does not fit this model"),
         ("IMAGES --checkpoint BARE", "does not say its architecture"),
         ("IMAGES", "which model"),
-        ("IMAGES --checkpoint CHECKPOINT --show masks", "finds no masks"),
-        ("IMAGES --checkpoint CHECKPOINT --output IMAGES", "would be written over"),
+        ("IMAGES --checkpoint CHECKPOINT --show masks", "gives no masks"),
+        ("IMAGES --checkpoint CHECKPOINT --output IMAGES", "could be overwritten"),
         ("IMAGES --checkpoint CHECKPOINT --batch_size 0", "--batch_size 0: at least 1"),
     ],
 )
@@ -236,13 +243,15 @@ def test_masks_and_panoptic_are_drawn_and_written(coco_root, tmp_path, monkeypat
     some = predictor(found.image, threshold=float(found.scores[2]))  # the masks are those of the queries kept, in order
     assert len(some) == 3 and torch.equal(some.masks, found.masks[:3])
     assert predictor(found.image, threshold=1.0).masks.shape == (0, 48, 64)
-    small, padded, read_out = found.image[:, :40, :50], [], predictor.postprocessors["panoptic"]
-    read = read_out.forward
-    monkeypatch.setattr(read_out, "forward", lambda *a, **how: padded.append(how["padded_size"]) or read(*a, **how))
-    alone, (_, together) = predictor(small, threshold=0), predictor.many([found.image, small], threshold=0)
+    small, padded, postprocessor = found.image[:, :40, :50], [], predictor.postprocessors["panoptic"]
+    read = postprocessor.forward
+    monkeypatch.setattr(
+        postprocessor, "forward", lambda *a, **how: padded.append(how["padded_size"]) or read(*a, **how)
+    )
+    alone, (_, together) = predictor(small, threshold=0), predictor.predict_batch([found.image, small], threshold=0)
     assert together.masks.shape == (8, 40, 50) and (together.masks == alone.masks).float().mean() > 0.9
     assert together.segment_ids.shape == (40, 50) and padded == [(64, 80), (64, 85)]
-    for each in predictor.many([found.image] * 2, threshold=0):
+    for each in predictor.predict_batch([found.image] * 2, threshold=0):
         assert torch.equal(each.masks, found.masks) and (each.segment_ids == found.segment_ids).mean() > 0.9
     for kind in found.kinds:
         assert found.draw(kind).size == (480, 360)
@@ -305,9 +314,134 @@ def test_a_sheet_without_its_files_ends_in_a_sentence(capsys):
 
 
 def test_the_flags_of_predict_reach_the_predictor(coco_root, checkpoint, tmp_path, monkeypatch):
-    seen, walk = [], predict.walk
-    monkeypatch.setattr(predict, "walk", lambda predictor, *more: seen.append(predictor) or walk(predictor, *more))
+    seen, predict_files = [], predict.predict_files
+    monkeypatch.setattr(
+        predict, "predict_files", lambda predictor, *more: seen.append(predictor) or predict_files(predictor, *more)
+    )
     monkeypatch.setattr(torch.nn.Module, "compile", lambda _, **how: seen.append(how))
     flags = f"{coco_root}/val2017 --checkpoint {checkpoint} --output {tmp_path}/o --device cpu"
     assert predict.main(f"{flags} --min_size 40 --max_size 50 --amp bf16 --compile".split()) == 0
     assert seen[0] == {"dynamic": True} and (seen[1].min_size, seen[1].max_size, seen[1].amp) == (40, 50, "bf16")
+
+
+def test_predictor_takes_paths_pictures_tensors_and_arrays(coco_root, checkpoint):
+    predictor, path = Predictor.from_checkpoint(checkpoint, "cpu"), coco_root / "val2017" / "000000000021.jpg"
+    with Image.open(path) as picture:
+        array = np.array(picture)
+    tensor = torch.from_numpy(array).permute(2, 0, 1)
+    expected = predictor(str(path), 0).scores
+    for image in (path, Image.fromarray(array), tensor, array, array[:, ::-1][:, ::-1]):
+        torch.testing.assert_close(predictor(image, 0).scores, expected)
+    assert predictor(array[..., 0], 0).image.shape == tensor.shape
+    for image in (array / 255, array[..., :2], tensor.float(), tensor[0]):
+        with pytest.raises(ValueError, match="expected uint8"):
+            predictor(image)
+
+
+def listed(tmp_path, *names):
+    content = {"images": [{"id": 10 + k, "file_name": name} for k, name in enumerate(names)], "categories": []}
+    (tmp_path / "list.json").write_text(json.dumps(content))
+    return str(tmp_path / "list.json")
+
+
+@pytest.mark.parametrize(("names", "paths", "relative", "expected"), [
+    (["day/1.jpg", "night/1.jpg"], ["i/night/1.jpg", "i/day/1.jpg"], ["night/1.jpg", "day/1.jpg"], [11, 10]),
+    (["day/1.jpg", "night/1.jpg"], ["i/night/1.jpg"], ["1.jpg"], [11]),
+    (["1.jpg", "day/1.jpg"], ["i/day/1.jpg", "i/1.jpg"], ["day/1.jpg", "1.jpg"], [11, 10]),
+])  # fmt: skip
+def test_image_ids_are_matched_by_relative_path(names, paths, relative, expected, tmp_path):
+    assert predict.image_ids([tmp_path / path for path in paths], listed(tmp_path, *names), relative) == expected
+
+
+@pytest.mark.parametrize(("names", "paths", "message"), [
+    (["day/1.jpg", "night/1.jpg"], ["dusk/1.jpg"], "does not list 1 of the images"),
+    (["1.jpg"], ["day/1.jpg", "night/1.jpg"], "are both 1.jpg"),
+    (["1.jpg", "day/1.jpg"], ["i/day/1.jpg"], "could be any of day/1.jpg, 1.jpg"),
+    (["1.jpg", "1.jpg"], ["1.jpg"], "same file name"),
+])  # fmt: skip
+def test_image_ids_that_are_ambiguous_are_refused(names, paths, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        predict.image_ids([tmp_path / path for path in paths], listed(tmp_path, *names))
+
+
+def test_image_ids_of_equal_numbers_stay_distinct(tmp_path):
+    assert predict.image_ids([tmp_path / "7.jpg", tmp_path / "007.jpg"], None) == [1, 2]
+
+
+def test_output_names_never_collide_nor_leave_the_folder(tmp_path):
+    folder = predict.OutputFolder(tmp_path / "out")
+    names = ["a.jpg", "sub/a.jpg", "a_2.jpg", "A.png", "../../x.jpg", "..", "b\udce9\x1b.jpg", "y" * 300 + ".jpg"]
+    stems = [folder.stem(name) for name in names]
+    assert len({stem.lower() for stem in stems}) == len(stems) and max(map(len, stems)) <= 100
+    assert all(re.fullmatch(r"\w[\w.-]*", stem, re.ASCII) for stem in stems)
+
+
+def test_text_from_data_reaches_terminal_and_page_escaped(coco_root, tmp_path, capsys):
+    names = dict.fromkeys(range(4), "\x1b[31m<b>cat")
+    path = write_checkpoint(tmp_path / "names.pth", class_names=names)
+    (coco_root / "val2017" / "000000000021.jpg").rename(coco_root / "val2017" / "<i>\x1b[2J\udce9.jpg")
+    (coco_root / "val2017" / "\x1bbad.jpg").write_text("no image")
+    assert run(coco_root / "val2017", "--checkpoint", path, "--threshold", 0, "--output", tmp_path / "found") == 1
+    output = capsys.readouterr()
+    page = (tmp_path / "found" / "sheet.html").read_text()
+    for text in (output.out, output.err, page):
+        assert "\x1b" not in text and "\\x1b" in text
+    assert "<b>cat" not in page and "&lt;b&gt;cat" in page and "<i>" not in page
+    assert run("\x1bgone.jpg", "--checkpoint", path) == 2
+    assert "\x1b" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flags", [[], ["--upright"]])
+def test_predict_with_one_bad_image_keeps_the_others(flags, coco_root, checkpoint, tmp_path, monkeypatch, capsys):
+    Image.new("L", (300, 300)).save(coco_root / "val2017" / "bomb.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10_000)
+    where = tmp_path / "found"
+    assert run(coco_root / "val2017", "--checkpoint", checkpoint, "--threshold", 0, "--output", where, *flags) == 1
+    assert "bomb.png" in capsys.readouterr().err
+    assert len(json.loads((where / "predictions.json").read_text())) == 3 * 8
+
+
+def test_predict_when_the_network_fails_on_one_image_keeps_the_others(coco_root, checkpoint, tmp_path, monkeypatch):
+    predict_batch, sizes = Predictor.predict_batch, []
+
+    def out_of_memory(self, images, threshold=None):
+        sizes.append(len(images))
+        if any(image.float().mean() < 1 for image in images):
+            raise RuntimeError("out of memory")
+        return predict_batch(self, images, threshold)
+
+    monkeypatch.setattr(Predictor, "predict_batch", out_of_memory)
+    Image.new("RGB", (64, 48)).save(coco_root / "val2017" / "000000000022.jpg")
+    flags = ("--checkpoint", checkpoint, "--threshold", 0, "--output", tmp_path / "found", "--batch_size", 3)
+    assert run(coco_root / "val2017", *flags) == 1
+    records = json.loads((tmp_path / "found" / "predictions.json").read_text())
+    assert {record["image_id"] for record in records} == {21, 23} and sizes == [3, 1, 1, 1]
+
+
+def test_predict_when_interrupted_writes_the_results_so_far(coco_root, checkpoint, tmp_path, monkeypatch):
+    predict_files = predict.predict_files
+
+    def interrupted(*arguments):
+        yield next(predict_files(*arguments))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(predict, "predict_files", interrupted)
+    flags = ("--checkpoint", checkpoint, "--threshold", 0, "--output", tmp_path / "found")
+    assert run(coco_root / "val2017", *flags) == 130
+    assert len(json.loads((tmp_path / "found" / "predictions.json").read_text())) == 8
+
+
+@pytest.mark.parametrize("flags", ["--threshold nan", "--threshold 1.5", "--min_size -5", "--max_size 0",
+                                   "--num_workers -1"])  # fmt: skip
+def test_predict_with_a_meaningless_number_is_refused(flags, capsys):
+    assert run("x.jpg", "--checkpoint", "x.pth", *flags.split()) == 2
+    assert " ".join(flags.split()) in capsys.readouterr().err
+
+
+def test_tools_run_from_another_folder(tmp_path):
+    folder = Path(predict.__file__).parent
+    scripts = [path for path in sorted(folder.glob("*.py")) if '__name__ == "__main__"' in path.read_text()]
+    line = "sys.path.insert(0, str(Path(__file__).resolve().parents[1]))"
+    assert len(scripts) == 5 and all(script.read_text().count(line) == 1 for script in scripts)
+    done = subprocess.run([sys.executable, folder / "predict.py", "gone.jpg"], cwd=tmp_path, capture_output=True)
+    assert done.returncode == 2 and done.stderr.startswith(b"error: which model?")

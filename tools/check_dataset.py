@@ -14,9 +14,9 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from datasets.images import read_image
+from tools.cli import exit_status
 from tools.dataset_report import Report, compare_parts, inspect_part
-from util.draw import class_colour, contact_sheet, draw_boxes, fit, titled
-from util.tool import exit_status
+from tools.draw import class_colour, contact_sheet, draw_boxes, fit, titled
 
 RED = (255, 0, 0)
 

@@ -1,4 +1,4 @@
-"""Find objects in images: annotated pictures, a table, COCO result files and one HTML page of them all.
+"""Detect objects in images and write annotated pictures, COCO result files and one HTML page.
 
 python tools/predict.py --checkpoint runs/shapes/checkpoint_best.pth photo.jpg folder "more/*.png" --output found
 python tools/predict.py --model detr_resnet50 photo.jpg                                # the published weights
@@ -10,27 +10,29 @@ import glob
 import html
 import io
 import json
+import os
+import re
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
-import numpy as np
+import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from datasets.coco_index import read_coco_index
+from datasets.coco_index import read_json
 from datasets.images import to_rgb
-from engine import allow_tf32
-from tools.predictor import HUB_NAMES, Found, Predictor, as_tensor
-from util.draw import fit
-from util.tool import exit_status
+from datasets.masks import encode_masks
+from tools.cli import exit_status, printable
+from tools.draw import fit
+from tools.predictor import HUB_NAMES, Detections, Predictor, as_tensor
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif"}
-THUMBNAIL = 360  # pixels of a picture's longer side on the page
+THUMBNAIL = 360  # pixels of an image's longer side on the page
 
 
 # fmt: off
@@ -39,102 +41,146 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("inputs", nargs="+", help="image files, folders (searched with their subfolders), or globs in quotes")
-    add("--checkpoint", help="file or URL; what training writes, or one in DETR's published format")
+    add("--checkpoint", help="file or URL; written by training, or in DETR's published format")
     add("--model", choices=HUB_NAMES, help="a published model: for its weights, or for a file that names no model")
-    add("--annotations", help="COCO file with the class names, and the image ids for the result file")
-    add("--threshold", type=float, help="lowest score that counts (default: 0.5; panoptic segments 0.85)")
+    add("--annotations", help="COCO file that gives class names, and image ids for the result file")
+    add("--threshold", type=float, help="lowest score that is kept (default: 0.5; panoptic segments 0.85)")
     add("--show", choices=("boxes", "masks", "panoptic", "none"),
-        help="what to draw (default: all that the model finds); none: only the result files, for speed")
+        help="what to draw (default: all that the model gives); none: only the result files, for speed")
     add("--output", default="predictions", help="folder to write (default: predictions)")
     add("--device", default="cuda", help="device to run on; without a GPU the CPU is used")
-    add("--min_size", type=int, help="shortest side as the model sees it (default: as it was evaluated)")
-    add("--max_size", type=int, help="longest side at most (default: as it was evaluated)")
-    add("--batch_size", type=int, default=1, help="images that go through the network together")
+    add("--min_size", type=int, help="shortest side of the model's input (default: as in its evaluation)")
+    add("--max_size", type=int, help="longest side at most (default: as in its evaluation)")
+    add("--batch_size", type=int, default=1, help="images in one forward pass")
     add("--num_workers", type=int, default=0, help="processes that read images ahead, for many images")
     add("--compile", nargs="?", const="any", choices=("any", "fixed"),
         help="compile the network, for many images; fixed: for images of few sizes (CUDA graphs on a GPU)")
     add("--amp", choices=("bf16", "fp16"), help="half precision in the network")
-    add("--tf32", action="store_true", help="let float32 products on a GPU round their inputs to TF32")
-    add("--upright", action="store_true", help="turn photographs as their EXIF tag says (training never does)")
+    add("--tf32", action="store_true", help="allow TF32 in float32 products on a GPU")
+    add("--upright", action="store_true", help="rotate photographs as their EXIF tag says (training never does)")
     return parser
 
 
 # fmt: on
-def find_images(inputs: Sequence[str]) -> list[Path]:
-    """Expand files, folders and globs. Raises FileNotFoundError or ValueError for one that gives no image."""
-    paths = []
+def check_flags(args: argparse.Namespace) -> None:
+    """Raise ValueError for numbers that make no sense."""
+    for name, least in (("min_size", 1), ("max_size", 1), ("batch_size", 1), ("num_workers", 0)):
+        value = getattr(args, name)
+        if value is not None and value < least:
+            raise ValueError(f"--{name} {value}: at least {least}")
+    if args.threshold is not None and not 0 <= args.threshold <= 1:
+        raise ValueError(f"--threshold {args.threshold}: a score between 0 and 1")
+    if not (args.checkpoint or args.model):
+        raise ValueError(f"which model? Give --checkpoint FILE, or --model, one of {', '.join(HUB_NAMES)}")
+
+
+def find_images(inputs: Sequence[str]) -> dict[Path, str]:
+    """Expand files, folders and globs to {path: its path relative to the given folder, or its file name}.
+
+    Raises FileNotFoundError or ValueError for an input that gives no image.
+    """
+    images, seen = {}, set()
     for text in inputs:
-        path = Path(text)
-        if path.is_dir():
-            found = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES)
+        folder = Path(text)
+        if folder.is_dir():
+            found = {p: p.relative_to(folder) for p in sorted(folder.rglob("*")) if p.suffix.lower() in SUFFIXES}
             if not found:
                 raise ValueError(f"{text}: no images in this folder ({', '.join(sorted(SUFFIXES))})")
-        elif path.is_file():
-            found = [path]
         else:
-            found = sorted(Path(name) for name in glob.glob(text, recursive=True) if Path(name).is_file())
+            names = [text] if folder.is_file() else sorted(glob.glob(text, recursive=True))
+            found = {Path(name): Path(name).name for name in names if Path(name).is_file()}
             if not found:
-                raise FileNotFoundError(f"{text}: no such file, folder, or files that match")
-        paths += found
-    return list(dict.fromkeys(paths))
+                raise FileNotFoundError(f"{text}: no such file or folder, and no file matches")
+        for path, relative in found.items():
+            absolute = os.path.abspath(path)
+            if absolute not in seen:
+                seen.add(absolute)
+                images[path] = PurePosixPath(relative).as_posix()
+    return images
 
 
-def image_ids(paths: Sequence[Path], annotations: str | None) -> list[int]:
-    """Number the images: as the annotation file does, as their names do if all are numbers, or else from 1."""
+def read_image_list(path: str | Path) -> tuple[dict[str, int], dict[int, str]]:
+    """Read {file name: image id} and {class id: name} of a COCO file, which need not have annotations."""
+    content = read_json(path, lambda record: None if "image_id" in record else record)  # annotations are not kept
+    try:
+        ids = {str(record["file_name"]): int(record["id"]) for record in content["images"]}
+        names = {int(record["id"]): str(record.get("name", record["id"])) for record in content["categories"]}
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ValueError(f"{path}: not a COCO file with 'images' and 'categories' ({error!r})") from None
+    if len(set(ids.values())) < len(content["images"]):
+        raise ValueError(f"{path}: some images have the same id or the same file name")
+    return ids, names
+
+
+def image_ids(paths: Sequence[Path], annotations: str | None, relative: Sequence[str] | None = None) -> list[int]:
+    """Number the images: by the annotation file, else by their names if these are different numbers, else from 1.
+
+    An image is looked up by its path relative to the given folder, then by the listed names that its path ends in.
+    Raises ValueError for images that are not listed, listed more than once, or the same for the annotation file.
+    """
     if annotations:
-        index = read_coco_index(annotations)
-        known = {Path(name).name: int(i) for name, i in zip(index.file_names, index.image_ids, strict=True)}
-        unknown = [path.name for path in paths if path.name not in known]
-        if unknown:
-            raise ValueError(f"{annotations} does not list {len(unknown)} of the images: {', '.join(unknown[:5])}")
-        return [known[path.name] for path in paths]
+        return _listed_ids(paths, read_image_list(annotations)[0], relative or [""] * len(paths), annotations)
     stems = [path.stem for path in paths]
-    if len(set(stems)) == len(stems) and all(stem.isascii() and stem.isdigit() for stem in stems):
-        return [int(stem) for stem in stems]
+    if all(stem.isascii() and stem.isdigit() for stem in stems):
+        numbers = [int(stem) for stem in stems]
+        if len(set(numbers)) == len(numbers):
+            return numbers
     return list(range(1, len(paths) + 1))
 
 
-def turned(path: Path) -> Image.Image:
-    """Read a photograph the way up that its EXIF tag says."""
-    with Image.open(path) as image:
-        return to_rgb(ImageOps.exif_transpose(image))
+def _listed_ids(paths: Sequence[Path], listed: dict[str, int], relative: Sequence[str], file: str) -> list[int]:
+    ids, unknown = {}, []
+    for path, name in zip(paths, relative, strict=True):
+        parts = Path(os.path.abspath(path)).parts
+        endings = ["/".join(parts[k:]) for k in range(1, len(parts))]
+        names = [name] if name in listed else [ending for ending in endings if ending in listed]
+        if len(names) > 1:
+            raise ValueError(f"{path} could be any of {', '.join(names)} in {file}: give the folder of the images")
+        if not names:
+            unknown.append(name or path.name)
+        elif listed[names[0]] in ids.values():
+            other = next(other for other, i in ids.items() if i == listed[names[0]])
+            raise ValueError(f"{path} and {other} are both {names[0]} in {file}: give only one of them")
+        else:
+            ids[path] = listed[names[0]]
+    if unknown:
+        raise ValueError(f"{file} does not list {len(unknown)} of the images: {', '.join(unknown[:5])}")
+    return list(ids.values())
 
 
-def coco_records(found: Found, image_id: int, path: Path) -> list[dict]:
-    """Put what was found into COCO's result format, boxes as (x, y, width, height), masks as RLE."""
+def coco_records(detections: Detections, image_id: int, name: str) -> list[dict]:
+    """Convert detections to COCO's result format: boxes as (x, y, width, height), masks as run-length codes."""
+    codes = [None] * len(detections) if detections.masks is None else encode_masks(detections.masks)
     records = []
-    for k, (x0, y0, x1, y1) in enumerate(found.boxes.tolist()):
+    for k, (x0, y0, x1, y1) in enumerate(detections.boxes.tolist()):
         record = {
             "image_id": image_id,
-            "file_name": path.name,
-            "category_id": int(found.labels[k]),
+            "file_name": os.fsencode(name).decode("utf-8", "backslashreplace"),
+            "category_id": int(detections.labels[k]),
             "bbox": [x0, y0, x1 - x0, y1 - y0],
-            "score": float(found.scores[k]),
+            "score": float(detections.scores[k]),
         }
-        if found.masks is not None:
-            from pycocotools import mask
-
-            code = mask.encode(np.asfortranarray(found.masks[k].numpy().astype(np.uint8)))
-            record["segmentation"] = {"size": code["size"], "counts": code["counts"].decode()}
-        records.append(record)
+        records.append(record if codes[k] is None else {**record, "segmentation": codes[k]})
     return records
 
 
-def summary(found: Found) -> str:
-    """One line of what was found: the objects with their scores, the segments by name."""
-    if found.segments is not None:
-        return ", ".join(found.name(s["category_id"]) for s in found.segments) or "-"
-    pairs = zip(found.labels.tolist(), found.scores.tolist(), strict=True)
-    return ", ".join(f"{found.name(label)} {score:.2f}" for label, score in pairs) or "-"
+def summary(detections: Detections) -> str:
+    """Describe detections in one line: objects with their scores, or segments by name."""
+    if detections.segments is not None:
+        words = [detections.name(segment["category_id"]) for segment in detections.segments]
+    else:
+        pairs = zip(detections.labels.tolist(), detections.scores.tolist(), strict=True)
+        words = [f"{detections.name(label)} {score:.2f}" for label, score in pairs]
+    return printable(", ".join(words) or "-")
 
 
 def figure(picture: Image.Image, title: str, text: str) -> str:
-    """Make one entry of the page, the picture inside it."""
+    """Make one entry of the HTML page, with the image embedded."""
     file = io.BytesIO()
     thumbnail = picture if max(picture.size) <= THUMBNAIL else fit(picture, THUMBNAIL)[0]
     thumbnail.save(file, "JPEG", quality=85)
     data = base64.b64encode(file.getvalue()).decode()
-    title, text = html.escape(title), html.escape(text)
+    title, text = html.escape(printable(title)), html.escape(text)
     return (
         f'<figure><img alt="{title}" src="data:image/jpeg;base64,{data}"><figcaption><b>{title}</b><br>{text}'
         "</figcaption></figure>"
@@ -142,7 +188,7 @@ def figure(picture: Image.Image, title: str, text: str) -> str:
 
 
 def page(figures: Sequence[str], title: str) -> str:
-    """Make the HTML page: it needs no other file."""
+    """Make the HTML page, which needs no other file."""
     style = (
         "body{font:14px sans-serif;margin:16px;background:#fafafa}main{display:flex;flex-wrap:wrap;gap:12px}"
         f"figure{{margin:0;width:{THUMBNAIL}px;background:#fff;border:1px solid #ddd;padding:6px}}"
@@ -154,53 +200,57 @@ def page(figures: Sequence[str], title: str) -> str:
     )
 
 
-class Folder:
-    """What the tool leaves behind: pictures one by one, and the files about all of them at the end."""
+class OutputFolder:
+    """Writes a picture for each image, and at the end the files about all images."""
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
         self.path.mkdir(parents=True, exist_ok=True)
-        self.figures, self.records, self.panoptic, self.names = [], [], [], Counter()
+        self.figures, self.records, self.panoptic, self.used = [], [], [], set()
 
-    def add(self, path: Path, image_id: int, found: Found, picture: Image.Image | None, text: str) -> None:
-        """Write one picture, if there is one, and remember the rest. Two images of one name become name and name_2."""
-        self.names[path.stem] += 1
-        stem = path.stem + (f"_{self.names[path.stem]}" if self.names[path.stem] > 1 else "")
-        if picture is not None:
+    def stem(self, name: str) -> str:
+        """Make a name for an image's output files: plain characters, and unlike all others made here."""
+        plain = re.sub(r"[^\w.-]", "_", Path(name).stem, flags=re.ASCII).lstrip(".")[:100] or "image"
+        stem, number = plain, 1
+        while stem.lower() in self.used:
+            number += 1
+            stem = f"{plain}_{number}"
+        self.used.add(stem.lower())
+        return stem
+
+    def add(self, name: str, image_id: int, detections: Detections, show: str | None) -> None:
+        """Write one image's picture (unless `show` is "none") and panoptic map, and collect its records."""
+        stem = self.stem(name)
+        if show != "none":
+            picture = detections.draw(show)
             (self.path / "pictures").mkdir(exist_ok=True)
             picture.save(self.path / "pictures" / f"{stem}.jpg", quality=92)
-            self.figures.append(figure(picture, path.name, text))
-        self.records += coco_records(found, image_id, path)
-        if found.segments is not None:
+            self.figures.append(figure(picture, name, summary(detections)))
+        self.records += coco_records(detections, image_id, name)
+        if detections.segments is not None:
             (self.path / "panoptic").mkdir(exist_ok=True)
-            ids = np.stack([found.segment_ids >> shift & 255 for shift in (0, 8, 16)], -1).astype(np.uint8)
-            Image.fromarray(ids).save(self.path / "panoptic" / f"{stem}.png")
-            self.panoptic.append({"image_id": image_id, "file_name": f"{stem}.png", "segments_info": found.segments})
+            (self.path / "panoptic" / f"{stem}.png").write_bytes(detections.panoptic_png)
+            record = {"image_id": image_id, "file_name": f"{stem}.png", "segments_info": detections.segments}
+            self.panoptic.append(record)
 
-    def close(self, title: str, names: dict[int, str]) -> None:
-        """Write the files about all images; `names` are those of the classes."""
+    def close(self, title: str, names: dict[int, str]) -> str:
+        """Write the files about all images and return what was written; `names` are those of the classes."""
         (self.path / "predictions.json").write_text(json.dumps(self.records))
-        if self.panoptic:
-            kinds = {s["category_id"]: s["isthing"] for record in self.panoptic for s in record["segments_info"]}
-            categories = [{"id": c, "name": names.get(c, str(c)), "isthing": int(thing)} for c, thing in kinds.items()]
-            content = {"annotations": self.panoptic, "categories": categories}
-            (self.path / "panoptic.json").write_text(json.dumps(content))
+        written = f"{self.path}/predictions.json"
         if self.figures:
             (self.path / "sheet.html").write_text(page(self.figures, title), encoding="utf-8")
-
-
-def load_predictor(checkpoint: str | None, model: str | None, annotations: str | None, device: str) -> Predictor:
-    """Build the predictor of a checkpoint, a published model, or a published model with the weights of a checkpoint."""
-    if not (checkpoint or model):
-        raise ValueError(f"which model? Give --checkpoint FILE, or --model, one of {', '.join(HUB_NAMES)}")
-    names = read_coco_index(annotations).categories if annotations else None
-    if model:
-        return Predictor.from_hub(model, checkpoint, device, names)
-    return Predictor.from_checkpoint(checkpoint, device, names)
+            written += ", pictures, sheet.html"
+        if self.panoptic:
+            things = {s["category_id"]: s["isthing"] for record in self.panoptic for s in record["segments_info"]}
+            categories = [{"id": c, "name": names.get(c, str(c)), "isthing": int(thing)} for c, thing in things.items()]
+            content = {"annotations": self.panoptic, "categories": categories}
+            (self.path / "panoptic.json").write_text(json.dumps(content))
+            written += ", panoptic, panoptic.json"
+        return written
 
 
 class Pictures(Dataset):
-    """Image files, read: an item is (path, image id, uint8 RGB [3, H, W] or the sentence that says why not)."""
+    """Image files; an item is (path, image id, uint8 RGB [3, H, W] or the sentence that says why it is unreadable)."""
 
     def __init__(self, paths: Sequence[Path], ids: Sequence[int], upright: bool):
         self.paths, self.ids, self.upright = paths, ids, upright
@@ -209,57 +259,86 @@ class Pictures(Dataset):
         return len(self.paths)
 
     def __getitem__(self, i: int) -> tuple[Path, int, Tensor | str]:
+        path = self.paths[i]
         try:
-            image = as_tensor(turned(self.paths[i]) if self.upright else self.paths[i])
-        except (OSError, ValueError, SyntaxError) as error:
-            image = str(error)
-        return self.paths[i], self.ids[i], image
+            image = as_tensor(_read_upright(path) if self.upright else path)
+        except Exception as error:  # damaged bytes can break a decoder in any way; the other images must not be lost
+            image = str(error) if str(path) in str(error) else f"{path}: {error}"
+        return path, self.ids[i], image
 
 
-def walk(predictor: Predictor, loader: DataLoader, threshold: float | None) -> Iterator[tuple[Path, int, Found | None]]:
-    """Predict batch by batch; an image that cannot be read is told of, and comes with None."""
+def _read_upright(path: Path) -> Image.Image:
+    with Image.open(path) as image:
+        return to_rgb(ImageOps.exif_transpose(image))
+
+
+def predict_each(predictor: Predictor, images: list[Tensor], threshold: float | None) -> list[Detections | str]:
+    """Predict a batch; if that fails, image by image, with the error's text for each that fails alone."""
+    try:
+        return predictor.predict_batch(images, threshold)
+    except (RuntimeError, ValueError) as error:
+        if len(images) == 1:
+            return [f"no prediction for an image of {list(images[0].shape[1:])} pixels: {error}"]
+    return [predict_each(predictor, [image], threshold)[0] for image in images]
+
+
+def predict_files(predictor: Predictor, loader: DataLoader, threshold: float | None) -> Iterator[tuple]:
+    """Yield (path, image id, Detections) for every image, or the sentence that says why there are none."""
     for batch in loader:
-        answers = iter(predictor.many([image for *_, image in batch if isinstance(image, Tensor)], threshold))
+        results = iter(predict_each(predictor, [i for *_, i in batch if isinstance(i, Tensor)], threshold))
         for path, image_id, image in batch:
-            if isinstance(image, str):
-                tqdm.write(f"error: {image}", file=sys.stderr)
-            yield path, image_id, next(answers) if isinstance(image, Tensor) else None
+            result = next(results) if isinstance(image, Tensor) else image
+            if isinstance(result, str) and str(path) not in result:
+                result = f"{path}: {result}"
+            yield path, image_id, result
+
+
+def build_predictor(args: argparse.Namespace) -> Predictor:
+    """Build the predictor that the flags describe."""
+    names = read_image_list(args.annotations)[1] if args.annotations else None
+    if args.model:
+        predictor = Predictor.from_hub(args.model, args.checkpoint, args.device, names)
+    else:
+        predictor = Predictor.from_checkpoint(args.checkpoint, args.device, names)
+    predictor.min_size = args.min_size or predictor.min_size
+    predictor.max_size = max(args.max_size or predictor.max_size, predictor.min_size)
+    predictor.amp = args.amp
+    if args.compile:
+        predictor.compile(args.compile)
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.tf32
+    return predictor
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Predict; return 1 if some images could not be read."""
+    """Predict; return 1 if there is no prediction for some images."""
     args = get_args_parser().parse_args(argv)
-    paths = find_images(args.inputs)
-    inside = [path for path in paths if Path(args.output).resolve() in path.resolve().parents]
+    check_flags(args)
+    images = find_images(args.inputs)
+    inside = [path for path in images if Path(args.output).resolve() in path.resolve().parents]
     if inside:
-        raise ValueError(f"{inside[0]} lies in --output {args.output}, which would be written over: choose another")
-    if args.batch_size < 1:
-        raise ValueError(f"--batch_size {args.batch_size}: at least 1")
-    ids = image_ids(paths, args.annotations)
-    allow_tf32(args.tf32)
-    predictor = load_predictor(args.checkpoint, args.model, args.annotations, args.device)
-    predictor.min_size = args.min_size or predictor.min_size
-    predictor.max_size = max(args.max_size or predictor.max_size, predictor.min_size)
-    predictor.faster(args.compile, args.amp)
-    folder = Folder(args.output)
-    width = min(max(len(path.name) for path in paths), 40)
-    print(f"{'image':{width}}  objects  what")
+        raise ValueError(f"{inside[0]} lies in --output {args.output} and could be overwritten: choose another")
+    ids = image_ids(list(images), args.annotations, list(images.values()))
+    predictor = build_predictor(args)
+    folder = OutputFolder(args.output)
+    width = min(max(len(printable(name)) for name in images.values()), 40)
+    print(f"{'image':{width}}  objects  detections")
     counts, failed = Counter(), 0
-    pictures = Pictures(paths, ids, args.upright)
+    pictures = Pictures(list(images), ids, args.upright)
     loader = DataLoader(pictures, args.batch_size, collate_fn=list, num_workers=args.num_workers)
-    answers = walk(predictor, loader, args.threshold)
-    for path, image_id, found in tqdm(answers, total=len(paths), disable=None, leave=False):
-        if found is None:
-            failed += 1
-            continue
-        text = summary(found)
-        folder.add(path, image_id, found, None if args.show == "none" else found.draw(args.show), text)
-        counts.update(found.name(label) for label in found.labels.tolist())
-        tqdm.write(f"{path.name:{width}}  {len(found):7}  {text}", file=sys.stdout)
-    folder.close(f"{len(paths) - failed} images, {counts.total()} objects", predictor.class_names)
-    print("all: " + (", ".join(f"{n} {name}" for name, n in counts.most_common()) or "nothing found"))
-    kinds = ", pictures, sheet.html" * bool(folder.figures) + ", panoptic" * bool(folder.panoptic)
-    print(f"written: {folder.path}/predictions.json{kinds}")
+    results = predict_files(predictor, loader, args.threshold)
+    try:
+        for path, image_id, result in tqdm(results, total=len(images), disable=None, leave=False):
+            if isinstance(result, str):
+                failed += 1
+                tqdm.write(f"error: {printable(result)}", file=sys.stderr)
+                continue
+            folder.add(images[path], image_id, result, args.show)
+            counts.update(result.name(label) for label in result.labels.tolist())
+            tqdm.write(f"{printable(images[path]):{width}}  {len(result):7}  {summary(result)}", file=sys.stdout)
+    finally:  # an error or Ctrl-C must not lose the results so far
+        written = folder.close(f"{len(folder.used)} images, {counts.total()} objects", predictor.class_names)
+    print("all: " + (", ".join(f"{n} {printable(name)}" for name, n in counts.most_common()) or "nothing found"))
+    print(f"written: {printable(written)}")
     return 1 if failed else 0
 
 

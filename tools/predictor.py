@@ -1,4 +1,4 @@
-"""A checkpoint becomes something that finds objects in a picture, and draws them.
+"""Detect objects in images with a trained model, and draw them.
 
 from tools.predictor import Predictor
 predictor = Predictor.from_checkpoint("runs/shapes/checkpoint_best.pth")
@@ -19,27 +19,29 @@ from torch import Tensor, nn
 import hubconf
 from datasets.coco_names import COCO_NAMES
 from datasets.images import read_image, to_rgb
+from datasets.masks import read_segment_ids
 from datasets.transforms import resize
-from engine import autocast
 from main import get_args_parser
 from models import build_model
 from models.detr import PostProcess
 from models.segmentation import PostProcessSegm
+from tools.draw import class_colour, class_name, draw_boxes, draw_masks, draw_panoptic, fit, to_pil
 from util.checkpoint import count_classes, load_checkpoint, load_model
 from util.dist import pick_device
-from util.draw import class_colour, draw_boxes, draw_masks, draw_segments, fit
 
+AMP_TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 HUB_NAMES = [name for name in vars(hubconf) if name.startswith("detr_")]
-COCO_CLASSES = (91, 250)  # sizes of the class head in the published models: things, and things with stuff
-SMALL = 480  # pictures are enlarged to so many pixels before they are drawn on
+COCO_CLASSES = (91, 250)  # classes of the published models: of things, and of things and stuff
+SMALL = 480  # smaller images are enlarged to so many pixels before they are drawn on
+ImageLike = str | Path | Image.Image | Tensor | np.ndarray
 
 
 @dataclass
-class Found:
-    """What was found in an image [3, H, W], the best first; boxes are x0 y0 x1 y1 in its pixels.
+class Detections:
+    """The objects detected in one image [3, H, W], by descending score; boxes are x0 y0 x1 y1 in its pixels.
 
-    `masks` bool [N, H, W] are those of a mask model. `segment_ids` [H, W], 0 = nothing, and `segments` (COCO's
-    `segments_info`) are those of a panoptic one; else None.
+    Mask models give `masks`, bool [N, H, W]. Panoptic models give `panoptic_png`, an encoded map of segment ids in
+    COCO's format (0: no segment), and `segments`, COCO's `segments_info`. Otherwise these are None.
     """
 
     image: Tensor
@@ -48,48 +50,49 @@ class Found:
     boxes: Tensor  # [N, 4]
     class_names: dict[int, str]
     masks: Tensor | None = None
-    segment_ids: np.ndarray | None = None
+    panoptic_png: bytes | None = None
     segments: list[dict] | None = None
 
     def __len__(self) -> int:
         return len(self.scores)
 
     def name(self, label: int) -> str:
-        """Name of a class, or its number where the name is not known."""
-        return self.class_names.get(label, f"class {label}")
+        """Return the name of a class, or its number where the name is unknown."""
+        return class_name(self.class_names, label)
+
+    @property
+    def segment_ids(self) -> np.ndarray | None:
+        """The panoptic map: ids [H, W], 0 where there is no segment."""
+        return None if self.panoptic_png is None else read_segment_ids(io.BytesIO(self.panoptic_png))
 
     @property
     def kinds(self) -> list[str]:
-        """What can be drawn, the richest last."""
-        return ["boxes"] + ["masks"] * (self.masks is not None) + ["panoptic"] * (self.segments is not None)
+        """The kinds of drawing that are possible: "boxes", "masks", "panoptic"."""
+        possible = {"boxes": self.boxes, "masks": self.masks, "panoptic": self.segments}
+        return [kind for kind, data in possible.items() if data is not None]
 
     def draw(self, kind: str | None = None) -> Image.Image:
-        """Draw it: "boxes", "masks" (and boxes) or "panoptic"; by default the richest there is."""
+        """Draw "boxes", "masks" (with boxes) or "panoptic" segments; by default the last of `kinds`."""
         kind = kind or self.kinds[-1]
         if kind not in self.kinds:
-            raise ValueError(f"this model finds no {kind}: choose from {', '.join(self.kinds)}")
-        picture = Image.fromarray(self.image.permute(1, 2, 0).cpu().numpy())
-        if kind == "panoptic":
-            ids = [segment["id"] for segment in self.segments]
-            names = [self.name(segment["category_id"]) for segment in self.segments]
-            colours = [class_colour(s["category_id"], i if s["isthing"] else 0) for i, s in enumerate(self.segments)]
-            picture, _ = fit(picture, max(SMALL, *picture.size))
-            nearest = Image.fromarray(self.segment_ids.astype(np.int32)).resize(picture.size, Image.Resampling.NEAREST)
-            return draw_segments(picture, np.array(nearest), ids, names, colours)
+            raise ValueError(f"this model gives no {kind}: choose from {', '.join(self.kinds)}")
+        picture = to_pil(self.image)
         labels = self.labels.tolist()
         colours = [class_colour(label) for label in labels]
         if kind == "masks":
             picture = draw_masks(picture, self.masks.cpu().numpy(), colours)
         picture, factor = fit(picture, max(SMALL, *picture.size))
+        if kind == "panoptic":
+            return draw_panoptic(picture, self.segment_ids, self.segments, self.class_names)
         captions = [f"{self.name(c)} {s:.2f}" for c, s in zip(labels, self.scores.tolist(), strict=True)]
         return draw_boxes(picture, (self.boxes * factor).tolist(), captions, colours)
 
 
 class Predictor:
-    """A model and its read-outs, called with one image, or with `many`.
+    """A model with its post-processing; call it with one image, or `predict_batch` with several.
 
-    `postprocessors` are build_model's. Images are resized as in evaluation: shortest side `min_size`, longest at most
-    `max_size`.
+    `postprocessors` are those that `build_model` returns. Images are resized as in evaluation: shortest side
+    `min_size`, longest side at most `max_size`. `amp` ("bf16", "fp16" or None) runs the network in half precision.
     """
 
     def __init__(
@@ -100,32 +103,20 @@ class Predictor:
         min_size: int = 800,
         max_size: int = 1333,
         device: str = "cuda",
+        amp: str | None = None,
     ):
         self.device = pick_device(device)
         self.model, self.postprocessors = model.to(self.device).eval(), postprocessors
         self.class_names, self.min_size, self.max_size = class_names, min_size, max_size
-        self.amp: str | None = None
-
-    def faster(self, compile: str | None = None, amp: str | None = None) -> "Predictor":
-        """Compile the network, which pays from some dozens of images on, or run it in half precision (bf16, fp16).
-
-        `compile` is "any", one graph for images of all sizes, or "fixed", a graph for each size that comes, recorded
-        as a CUDA graph on a GPU: for images (and batches) of one or few sizes.
-        """
-        if compile == "any":
-            self.model.compile(dynamic=True)
-        elif compile == "fixed":
-            self.model.compile(dynamic=False, mode="reduce-overhead")
         self.amp = amp
-        return self
 
     @classmethod
     def from_checkpoint(
         cls, path_or_url: str | Path, device: str = "cuda", class_names: dict[int, str] | None = None
     ) -> "Predictor":
-        """Rebuild the model a checkpoint describes; `class_names` take precedence over its own.
+        """Build the model that a checkpoint describes; `class_names` take precedence over the checkpoint's own.
 
-        Raises FileNotFoundError, or ValueError for a file that cannot be read, or does not say its architecture.
+        Raises FileNotFoundError, or ValueError for a file that cannot be read or does not name its architecture.
         """
         name, state = str(path_or_url), load_checkpoint(path_or_url)
         if not state.get("args"):
@@ -133,14 +124,14 @@ class Predictor:
                 f"{name} does not say its architecture (no 'args' in it): name it, one of {', '.join(HUB_NAMES)} "
                 "(--model, or Predictor.from_hub)"
             )
-        given = state["args"] if isinstance(state["args"], dict) else vars(state["args"])
+        saved = state["args"] if isinstance(state["args"], dict) else vars(state["args"])
         defaults = vars(argparse.ArgumentParser(parents=[get_args_parser()]).parse_args([]))
-        classes = needed_classes(state, name)
-        here = {"backbone_weights": "none", "device": "cpu", "num_classes": classes}
-        args = argparse.Namespace(**{**defaults, **given, **here})
+        classes = _class_count(state, name)
+        fixed = {"backbone_weights": "none", "device": "cpu", "num_classes": classes}
+        args = argparse.Namespace(**{**defaults, **saved, **fixed})
         model, _, postprocessors = build_model(args)
         load_model(model, state, name)
-        names = class_names or state.get("class_names") or (COCO_NAMES if classes in COCO_CLASSES else {})
+        names = class_names or state.get("class_names") or _default_names(classes)
         return cls(model, postprocessors, names, args.min_size, args.max_size, device)
 
     @classmethod
@@ -150,76 +141,102 @@ class Predictor:
         """Build a published model by its name in hubconf, with the published weights or those of a local `file`."""
         if name not in HUB_NAMES:
             raise ValueError(f"no model {name!r}: choose one of {', '.join(HUB_NAMES)}")
-        classes = needed_classes(load_checkpoint(file), str(file)) if file else (250 if "panoptic" in name else 91)
+        classes = _class_count(load_checkpoint(file), str(file)) if file else (250 if "panoptic" in name else 91)
         entry = getattr(hubconf, name)
-        model, read_out = entry(pretrained=file or True, num_classes=classes, return_postprocessor=True)
-        postprocessors = {"bbox": read_out}
+        model, postprocessor = entry(pretrained=file or True, num_classes=classes, return_postprocessor=True)
+        postprocessors = {"bbox": postprocessor}
         if "panoptic" in name:
-            postprocessors = {"bbox": PostProcess(), "segm": PostProcessSegm(), "panoptic": read_out}
-        names = class_names or (COCO_NAMES if classes in COCO_CLASSES else {})
-        return cls(model, postprocessors, names, device=device)
+            postprocessors = {"bbox": PostProcess(), "segm": PostProcessSegm(), "panoptic": postprocessor}
+        return cls(model, postprocessors, class_names or _default_names(classes), device=device)
 
-    def __call__(self, image: str | Path | Image.Image | Tensor, threshold: float | None = None) -> Found:
-        """Find the objects of a file, a PIL image or a uint8 tensor [3, H, W].
+    def compile(self, sizes: str = "any") -> None:
+        """Compile the network, which pays off from some dozens of images on.
 
-        Objects score at least `threshold` (0.5); segments of a panoptic map more than it (its own, 0.85).
+        `sizes` is "any" for one graph for images of all sizes, or "fixed" for one graph per size (a CUDA graph on a
+        GPU), for images and batches of few different sizes.
         """
-        return self.many([image], threshold)[0]
+        if sizes == "fixed":
+            self.model.compile(dynamic=False, mode="reduce-overhead")
+        else:
+            self.model.compile(dynamic=True)
+
+    def __call__(self, image: ImageLike, threshold: float | None = None) -> Detections:
+        """Detect the objects of one image: a path, a PIL image, uint8 [3, H, W] or a uint8 array [H, W, 3].
+
+        Objects with a score of at least `threshold` (default 0.5) are returned; segments of a panoptic map have a
+        higher score than it (default 0.85).
+        """
+        return self.predict_batch([image], threshold)[0]
 
     @torch.no_grad()
-    def many(self, images: Sequence[str | Path | Image.Image | Tensor], threshold: float | None = None) -> list[Found]:
-        """Find the objects of several images in one pass of the network; images of like sizes waste less padding."""
+    def predict_batch(self, images: Sequence[ImageLike], threshold: float | None = None) -> list[Detections]:
+        """Detect the objects of several images in one forward pass; images of similar sizes need less padding."""
         if not images:
             return []
         images = [as_tensor(image) for image in images]
         resized = [resize(image, None, self.min_size, self.max_size)[0] for image in images]
-        with autocast(self.device, self.amp):
+        with torch.autocast(self.device.type, dtype=AMP_TYPES.get(self.amp), enabled=self.amp is not None):
             outputs = self.model([image.to(self.device) for image in resized])
-        sizes, inner = (torch.tensor([image.shape[-2:] for image in group]) for group in (images, resized))
+        sizes, input_sizes = (torch.tensor([image.shape[-2:] for image in group]) for group in (images, resized))
 
         results, kept = [], []
         for result in self.postprocessors["bbox"](outputs, sizes):
             order = result["scores"].argsort(descending=True)
-            kept.append(order[result["scores"][order] >= (0.5 if threshold is None else threshold)])
-            results.append({name: value[kept[-1]] for name, value in result.items()})
-        if "segm" in self.postprocessors:  # masks at full size are large: only those wanted are drawn
-            some = {"pred_masks": [masks[keep] for masks, keep in zip(outputs["pred_masks"], kept, strict=True)]}
-            results = self.postprocessors["segm"](results, some, sizes, inner)
+            keep = order[result["scores"][order] >= (0.5 if threshold is None else threshold)]
+            kept.append(keep)
+            results.append({name: value[keep] for name, value in result.items()})
+        if "segm" in self.postprocessors:  # full-size masks are large, so only those of kept queries are computed
+            selected = {"pred_masks": [masks[keep] for masks, keep in zip(outputs["pred_masks"], kept, strict=True)]}
+            results = self.postprocessors["segm"](results, selected, sizes, input_sizes)
             for result in results:
                 result["masks"] = result["masks"][:, 0].bool()
-        found = [
-            Found(image, **{name: value.cpu() for name, value in result.items()}, class_names=self.class_names)
+        detections = [
+            Detections(image, **{name: value.cpu() for name, value in result.items()}, class_names=self.class_names)
             for image, result in zip(images, results, strict=True)
         ]
         if "panoptic" in self.postprocessors:
-            self._read_panoptic(found, outputs, inner, sizes, threshold)
-        return found
+            maps = self._panoptic(outputs, input_sizes, sizes, threshold)
+            for each, answer in zip(detections, maps, strict=True):
+                each.panoptic_png, each.segments = answer["png_string"], answer["segments_info"]
+        return detections
 
-    def _read_panoptic(
-        self, found: list[Found], outputs: dict, inner: Tensor, sizes: Tensor, threshold: float | None
-    ) -> None:
-        read_out = self.postprocessors["panoptic"]
-        own = read_out.threshold
-        read_out.threshold = own if threshold is None else threshold
-        answers = read_out(outputs, inner, sizes, padded_size=tuple(inner.max(0).values.tolist()), first_id=1)
-        read_out.threshold = own
-        for each, answer in zip(found, answers, strict=True):
-            with Image.open(io.BytesIO(answer["png_string"])) as file:
-                rgb = np.array(file, np.int64)
-            each.segment_ids = rgb[..., 0] + 256 * rgb[..., 1] + 256**2 * rgb[..., 2]
-            each.segments = answer["segments_info"]
+    def _panoptic(self, outputs: dict, input_sizes: Tensor, sizes: Tensor, threshold: float | None) -> list[dict]:
+        """Compute the panoptic maps, with another threshold than the post-processor's own if one is given."""
+        postprocessor = self.postprocessors["panoptic"]
+        own = postprocessor.threshold
+        postprocessor.threshold = own if threshold is None else threshold
+        padded_size = tuple(input_sizes.max(0).values.tolist())
+        maps = postprocessor(outputs, input_sizes, sizes, padded_size=padded_size, first_id=1)
+        postprocessor.threshold = own
+        return maps
 
 
-def as_tensor(image: str | Path | Image.Image | Tensor) -> Tensor:
-    """Read a file, or take a PIL image or a tensor: uint8 RGB [3, H, W]."""
+def as_tensor(image: ImageLike) -> Tensor:
+    """Return an image as uint8 RGB [3, H, W].
+
+    Takes a path, a PIL image, a uint8 tensor [3, H, W], or a uint8 array [H, W, 3] (RGB) or [H, W] (grey). Raises
+    ValueError for other shapes and types.
+    """
+    if isinstance(image, np.ndarray):
+        if image.dtype != np.uint8 or image.shape[2:] not in ((), (3,)):
+            raise ValueError(f"an array of {image.dtype} {list(image.shape)}: expected uint8 [H, W, 3] or [H, W]")
+        image = Image.fromarray(np.ascontiguousarray(image))
     if isinstance(image, Image.Image):
         return torch.from_numpy(np.array(to_rgb(image))).permute(2, 0, 1)
-    return image if isinstance(image, Tensor) else read_image(image)
+    if isinstance(image, Tensor):
+        if image.dtype != torch.uint8 or image.ndim != 3 or len(image) != 3:
+            raise ValueError(f"a tensor of {image.dtype} {list(image.shape)}: expected uint8 [3, H, W]")
+        return image
+    return read_image(image)
 
 
-def needed_classes(state: dict, name: str) -> int:
-    """Read K off the class head of a checkpoint. ValueError if it has none, so is of another architecture."""
+def _class_count(state: dict, name: str) -> int:
+    """Return the number of classes of a checkpoint's class head; ValueError if it has none."""
     classes = count_classes(state["model"])
     if classes is None:
         raise ValueError(f"{name}: no class head 'class_embed' in it; it is of another architecture than DETR")
     return classes
+
+
+def _default_names(classes: int) -> dict[int, str]:
+    return COCO_NAMES if classes in COCO_CLASSES else {}

@@ -1,4 +1,4 @@
-"""A sheet of images: on the left what the annotations say, on the right what a model found.
+"""Draw a sheet of images: the annotated objects on the left, a model's detections on the right.
 
 python tools/show_predictions.py --run runs/r50                    # its val data; writes runs/r50/predictions.png
 python tools/show_predictions.py --annotations instances_val2017.json --images val2017 \
@@ -6,44 +6,46 @@ python tools/show_predictions.py --annotations instances_val2017.json --images v
 """
 
 import argparse
+import math
 import sys
 from collections import defaultdict
 from pathlib import Path
 
+import numpy as np
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from datasets import build_dataset
 from datasets.coco_index import CocoIndex, read_coco_index, read_json
 from datasets.images import read_image
+from tools.cli import exit_status, printable
+from tools.draw import class_colour, class_name, contact_sheet, draw_boxes, fit, titled, to_pil
 from util.checkpoint import load_checkpoint
-from util.draw import class_colour, contact_sheet, draw_boxes, fit, titled
-from util.tool import exit_status
-
-LETTERS = 14  # height of the titles
 
 
 def get_args_parser() -> argparse.ArgumentParser:
     """Declare the flags."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--run", type=Path, help="output folder of a training: in place of the four file flags")
-    parser.add_argument("--annotations", help="COCO instances file")
-    parser.add_argument("--images", help="folder of its images")
-    parser.add_argument("--predictions", help="COCO result file, as training leaves in its output folder")
-    parser.add_argument("--threshold", type=float, default=0.5, help="lowest score that is drawn (default 0.5)")
-    parser.add_argument("--count", type=int, default=12, help="images on the sheet, spread over the file (default 12)")
-    parser.add_argument("--columns", type=int, default=2, help="images side by side (default 2)")
-    parser.add_argument("--side", type=int, default=420, help="pixels of a picture's longer side (default 420)")
-    parser.add_argument("--output", help="picture to write")
+    add = parser.add_argument
+    add("--run", type=Path, help="output folder of a training run: instead of the four file flags")
+    add("--annotations", help="COCO instances file")
+    add("--images", help="folder of its images")
+    add("--predictions", help="COCO result file, as training writes it to its output folder")
+    add("--threshold", type=float, default=0.5, help="lowest score that is drawn (default 0.5)")
+    add("--count", type=int, default=12, help="images on the sheet, spread over the file (default 12)")
+    add("--columns", type=int, default=2, help="images side by side (default 2)")
+    add("--side", type=int, default=420, help="pixels of an image's longer side (default 420)")
+    add("--output", help="picture to write")
     return parser
 
 
 def files_of_run(run: Path) -> dict[str, Path]:
-    """Where a training's validation data are, by the flags in its checkpoint, and its predictions."""
+    """Find a run's validation data, by the flags in its checkpoint, and its predictions."""
     state = load_checkpoint(run / "checkpoint.pth")
     if not state.get("args"):
         raise ValueError(f"{run}/checkpoint.pth does not say where its data are: give the four file flags")
-    val_set = build_dataset("val", state["args"])
+    flags = state["args"]
+    val_set = build_dataset("val", argparse.Namespace(**flags) if isinstance(flags, dict) else flags)
     return {
         "annotations": val_set.ann_file,
         "images": val_set.img_folder,
@@ -53,75 +55,76 @@ def files_of_run(run: Path) -> dict[str, Path]:
 
 
 def read_predictions(path: str | Path) -> dict[int, list[dict]]:
-    """Read a COCO result file into image id -> detections, best first. ValueError says what is wrong with it."""
+    """Read a COCO result file into {image id: detections by descending score}. Raises ValueError if it is not one."""
     records = read_json(path)
-    wanted = {"image_id", "category_id", "bbox", "score"}
+    needed = {"image_id", "category_id", "bbox", "score"}
     if not isinstance(records, list):
         raise ValueError(f"{path}: not a COCO result file: expected a list of detections")
     by_image = defaultdict(list)
     for i, record in enumerate(records):
-        if not isinstance(record, dict) or wanted - record.keys():
-            raise ValueError(f"{path}: entry {i} is not a detection with {', '.join(sorted(wanted))}")
+        if not isinstance(record, dict) or needed - record.keys():
+            raise ValueError(f"{path}: entry {i} is not a detection with {', '.join(sorted(needed))}")
         by_image[record["image_id"]].append(record)
-    for found in by_image.values():
-        found.sort(key=lambda record: -record["score"])
+    for detections in by_image.values():
+        detections.sort(key=lambda record: -record["score"])
     return by_image
 
 
-def corners(box, factor: float) -> list[float]:
-    """(x, y, width, height) -> (x0, y0, x1, y1), scaled."""
-    x, y, w, h = (float(number) * factor for number in box)
-    return [x, y, x + w, y + h]
-
-
-def draw_pair(index: CocoIndex, i: int, folder: Path, found: list[dict], side: int) -> list[Image.Image]:
-    """Draw image i twice: its objects (crowds dashed), and the detections `found`."""
-    pixels = read_image(folder / str(index.file_names[i]))
-    picture, factor = fit(Image.fromarray(pixels.permute(1, 2, 0).numpy()), side)
-    where = index.annotations_of(i)
+def draw_pair(index: CocoIndex, i: int, folder: Path, detections: list[dict], side: int) -> list[Image.Image]:
+    """Draw an image twice: with its annotated objects (crowds dashed), and with the detections."""
+    picture, factor = fit(to_pil(read_image(folder / str(index.file_names[i]))), side)
+    where, names = index.annotations_of(i), index.categories
     labels = index.labels[where].tolist()
     truth = draw_boxes(
         picture,
-        [corners(box, factor) for box in index.boxes[where]],
-        [index.categories[label] for label in labels],
+        corners(index.boxes[where]) * factor,
+        [class_name(names, label) for label in labels],
         [class_colour(label) for label in labels],
         index.iscrowd[where].astype(bool).tolist(),
     )
-    guess = draw_boxes(
+    prediction = draw_boxes(
         picture,
-        [corners(record["bbox"], factor) for record in found],
-        [f"{index.categories.get(r['category_id'], r['category_id'])} {r['score']:.2f}" for r in found],
-        [class_colour(record["category_id"]) for record in found],
+        corners([record["bbox"] for record in detections]) * factor,
+        [f"{class_name(names, record['category_id'])} {record['score']:.2f}" for record in detections],
+        [class_colour(record["category_id"]) for record in detections],
     )
     return [
-        titled(truth, f"{index.file_names[i]}: {len(labels)} annotated", LETTERS),
-        titled(guess, f"{len(found)} found", LETTERS),
+        titled(truth, f"{index.file_names[i]}: {len(labels)} annotated"),
+        titled(prediction, f"{len(detections)} detected"),
     ]
+
+
+def corners(boxes) -> np.ndarray:
+    """Convert boxes (x, y, width, height) to (x0, y0, x1, y1)."""
+    boxes = np.array(boxes, float).reshape(-1, 4)
+    boxes[:, 2:] += boxes[:, :2]
+    return boxes
 
 
 def main(argv: list[str] | None = None) -> None:
     """Draw the sheet."""
     args = get_args_parser().parse_args(argv)
-    if args.count < 1 or args.columns < 1 or args.side < 1:
-        raise ValueError("--count, --columns and --side are at least 1")
-    found = files_of_run(args.run) if args.run else {}
+    if args.count < 1 or args.columns < 1 or args.side < 1 or math.isnan(args.threshold):
+        raise ValueError("--count, --columns and --side are at least 1, and --threshold is a number")
+    files = files_of_run(args.run) if args.run else {}
     for name in ("annotations", "images", "predictions", "output"):
-        if getattr(args, name) is None and name not in found:
+        files[name] = getattr(args, name) or files.get(name)
+        if files[name] is None:
             raise ValueError(f"--{name} is missing: give --run, or --annotations, --images, --predictions and --output")
-        setattr(args, name, getattr(args, name) or found[name])
-    index = read_coco_index(args.annotations)
-    by_image = read_predictions(args.predictions)
-    # Only images the model was run on can be judged.
-    seen = [i for i, image_id in enumerate(index.image_ids.tolist()) if image_id in by_image]
-    if not seen:
-        raise ValueError(f"{args.predictions} holds no detection in an image of {args.annotations}")
-    count = min(args.count, len(seen))
+    index = read_coco_index(files["annotations"])
+    by_image = read_predictions(files["predictions"])
+    # Only images with predictions are shown: the model need not have been run on all.
+    with_predictions = [i for i, image_id in enumerate(index.image_ids.tolist()) if image_id in by_image]
+    if not with_predictions:
+        raise ValueError(f"{files['predictions']} holds no detection in an image of {files['annotations']}")
+    count = min(args.count, len(with_predictions))
     pictures = []
-    for i in (seen[k * len(seen) // count] for k in range(count)):
-        found = [r for r in by_image[int(index.image_ids[i])] if r["score"] >= args.threshold]
-        pictures += draw_pair(index, i, Path(args.images), found, args.side)
-    contact_sheet(pictures, 2 * args.columns).save(args.output)
-    print(f"{count} of {len(index.image_ids)} images, scores from {args.threshold}: {args.output}")
+    for k in range(count):
+        i = with_predictions[k * len(with_predictions) // count]
+        detections = [r for r in by_image[int(index.image_ids[i])] if r["score"] >= args.threshold]
+        pictures += draw_pair(index, i, Path(files["images"]), detections, args.side)
+    contact_sheet(pictures, 2 * args.columns).save(files["output"])
+    print(f"{count} of {len(index.image_ids)} images, scores from {args.threshold}: {printable(str(files['output']))}")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,28 @@
+"""What the command-line tools share: exit status, one-sentence errors, text that is safe to print."""
+
+import sys
+from collections.abc import Callable
+
+
+def exit_status(main: Callable[[], int | None]) -> int:
+    """Run a tool and return its exit status: 0 where it returns None, 2 after an error that a user can correct."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")  # a terminal may lack letters of a file name
+    try:
+        return main() or 0
+    except (ValueError, OSError) as error:
+        lines = [printable(line) for line in str(error).split("\n")]
+        print("error:", "\n".join(lines), file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+
+
+def printable(text: str) -> str:
+    r"""Write control characters, and bytes that are not UTF-8, as escapes such as \x1b.
+
+    File and class names come from data: raw, they could drive a terminal or break an encoder.
+    """
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
