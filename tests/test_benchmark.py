@@ -1,4 +1,4 @@
-"""The benchmark measures what it says, on models small enough for a test; no figure of it is asserted."""
+"""tools/benchmark.py measures what it says, on models small enough for a test; no figure of it is asserted."""
 
 import json
 import subprocess
@@ -8,88 +8,83 @@ import pytest
 import torch
 
 import engine
-from tools import benchmark, benchmark_data
-from tools.benchmark_sides import Ours, Transformers, some_targets
-from tools.gauges import count_flops
+from tools import benchmark
+from tools.benchmark_network import Detr, Transformers, criterion, random_targets
 
 SMALL = "--models resnet18 --batch 1 --size 64x80 --device cpu --rounds 1 --queries 5"
+SETTING = {"model": "resnet50", "queries": 10, "device": "cpu", "batch": 2, "size": [[64, 80]], "precision": "float32"}
+
+pytestmark = pytest.mark.slow
 
 
-@pytest.mark.parametrize("what, column", [
-    ("forward", "gflops"), ("train", "images_per_s"), ("split", "backward"), ("criterion", "s"), ("cost", "axis"),
-    ("graphs", "graphs"),
-])  # fmt: skip
-def test_every_measurement_gives_its_figures(what, column, monkeypatch):
-    monkeypatch.setattr(engine, "compile_network", lambda model: model.compile(backend="eager"))  # in seconds
-    rows = list(benchmark.run(benchmark.parse_args([what, *SMALL.split()]), Ours))
-    assert rows and all(column in row and row["what"] == what for row in rows)
-    assert all(row["s"] > 0 for row in rows if "s" in row)
+def run(flags):
+    return benchmark.main(flags.split())
 
 
-def test_the_data_is_measured_beside_the_usual_way(coco_root, monkeypatch):
-    for name, value in {"IMAGES": 30, "ANNOTATIONS": 70, "SCENES": (9, 3, 5)}.items():
-        monkeypatch.setattr(benchmark_data, name, value)
-    flags = ["loader", "index", "evaluator", "--rounds", "1", "--coco_path", str(coco_root)]
-    train, val, usual, arrays, judged = benchmark.run(benchmark.parse_args(flags), Ours)
-    assert train["images"].endswith("train") and val["ratio"] > 0
-    assert usual["index"] == "pycocotools" and arrays["s"] > 0 and "worker_grows_gb" in arrays
-    assert judged["numbers_off_by"] < 1e-12 and judged["ratio"] == pytest.approx(judged["pycocotools_s"] / judged["s"])
+@pytest.mark.parametrize("what", ["forward", "train", "criterion", "masks"])
+def test_benchmark_of_the_network_gives_time_and_memory(what):
+    (row,) = run(f"{what} {SMALL}")
+    assert row["what"] == what and row["s"] > 0 and row["peak_gb"] >= 0 and row["model"] == "resnet18"
+    assert row["images_per_s"] == pytest.approx(1 / row["s"])
+    assert ("ratio" in row) == (what == "masks")
 
 
-def test_images_are_counted_from_the_file_to_training_and_to_detections(coco_root):
-    flags = ["feed", "predict", *SMALL.split(), "--workers", "0", "1", "--coco_path", str(coco_root)]
-    alone, helped, found = benchmark.run(benchmark.parse_args(flags), Ours)
-    assert (alone["workers"], helped["workers"]) == (0, 1) and min(alone["images_per_s"], helped["images_per_s"]) > 0
-    assert found["images_per_s"] == pytest.approx(3 / found["s"])  # all three validation images
+def test_benchmark_of_several_settings_gives_a_row_for_each(monkeypatch):
+    compiled = []
+    monkeypatch.setattr(engine, "compile_network", compiled.append)
+    rows = run(f"forward {SMALL} --batch 1 2 --precision float32 bf16 --compile")
+    assert len({(row["precision"], row["compiled"], row["batch"]) for row in rows}) == 8 and len(compiled) == 4
 
 
-def test_flops_are_those_of_the_layers():
-    linear = torch.nn.Linear(30, 20)
-    assert count_flops(lambda: linear(torch.rand(7, 30))) == 2 * 7 * 30 * 20
+def test_benchmark_of_data_gives_ratios(coco_root, capsys):
+    rows = run(f"loader predict index evaluator {SMALL} --coco_path {coco_root} --copies 3")
+    train, val, predicted, index, evaluator = rows
+    assert (train["images"], val["images"]) == ("4 train", "2 val") and val["ratio"] == val["pil_s"] / val["s"]
+    assert predicted["images_per_s"] == pytest.approx(3 / predicted["s"])
+    assert index["ratio"] == index["pycocotools_s"] / index["s"] and index["json_mb"] > 0
+    assert evaluator["images"] == 9 and evaluator["largest_difference"] < 1e-12
+    assert capsys.readouterr().out.count("|---") > 20
 
 
-def test_another_tree_is_measured_in_a_process_of_its_own(tmp_path):
-    command = [sys.executable, "tools/benchmark.py", "forward", *SMALL.split(), "--peer", ".", "--output", tmp_path]
+def test_benchmark_beside_another_tree_measures_both(tmp_path):
+    command = [
+        sys.executable,
+        "tools/benchmark.py",
+        "forward",
+        *SMALL.split(),
+        "--peer",
+        ".",
+        "--output",
+        tmp_path / "o",
+    ]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    (row,) = json.loads((tmp_path / "benchmark.json").read_text())["rows"]
-    assert row["ratio"] == pytest.approx(row["peer_s"] / row["s"])
-    assert "| ratio |" in (tmp_path / "benchmark.md").read_text() and "| ratio |" in done.stdout
+    (row,) = json.loads((tmp_path / "o").read_text())["rows"]
+    assert row["ratio"] == pytest.approx(row["peer_s"] / row["s"]) and "| ratio |" in done.stdout
 
 
-def test_another_tree_brings_its_own_modules(tmp_path):
-    (tmp_path / "util").mkdir()
-    (tmp_path / "util" / "__init__.py").write_text("")
-    (tmp_path / "main.py").write_text("import util\nraise SystemExit(util.__file__)\n")
+def test_benchmark_beside_another_tree_uses_its_modules(tmp_path):
+    (tmp_path / "main.py").write_text("raise SystemExit('the other main.py')\n")
     command = [sys.executable, "tools/benchmark.py", "forward", *SMALL.split(), "--peer", tmp_path]
     done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 1 and str(tmp_path / "util") in done.stderr and "did not run there" in done.stderr
+    assert done.returncode == 1 and "the other main.py" in done.stderr and "the benchmark failed there" in done.stderr
 
 
-@pytest.mark.parametrize("flags, words", [
-    ("loader --coco_path gone", "--coco_path is gone"), ("forward --peer gone", "neither transformers nor a folder"),
+@pytest.mark.parametrize(("flags", "message"), [
+    ("loader --coco_path gone", "--coco_path is gone"),
+    ("forward --peer gone", "neither transformers nor a folder"),
 ])  # fmt: skip
-def test_what_is_not_there_is_said(flags, words):
-    done = subprocess.run([sys.executable, "tools/benchmark.py", *flags.split()], capture_output=True, text=True)
-    assert done.returncode and words in done.stderr and "Traceback" not in done.stderr
+def test_benchmark_without_its_data_ends_in_a_sentence(flags, message):
+    with pytest.raises(SystemExit, match=message):
+        run(flags)
 
 
-def test_what_needs_a_gpu_says_so():
-    with pytest.raises(SystemExit, match="--device cuda"):
-        list(benchmark.run(benchmark.parse_args(["syncs", *SMALL.split()]), Ours))
-    if not torch.cuda.is_available():
-        pytest.skip("the count of syncs itself needs a GPU")
-    (row,) = benchmark.run(benchmark.parse_args(["syncs", *SMALL.replace("cpu", "cuda").split()]), Ours)
-    assert row["syncs_per_step"] <= 3
-
-
-def test_the_peer_computes_the_same_loss():
+def test_detr_loss_is_that_of_transformers():
     pytest.importorskip("transformers", reason="the peer is Hugging Face's transformers, which is not installed")
     torch.manual_seed(0)
-    ours, theirs = Ours("resnet50", 10, "cpu"), Transformers("resnet50", 10, "cpu")
+    ours, theirs = Detr(SETTING), Transformers(SETTING)
     layers = [{"pred_logits": torch.randn(2, 10, 92), "pred_boxes": torch.rand(2, 10, 4) * 0.4 + 0.3} for _ in range(6)]
-    outputs = {**layers[-1], "aux_outputs": layers[:-1]}
-    targets = some_targets(2, "cpu")
-    assert ours.criterion_only(outputs, targets).item() == pytest.approx(
-        theirs.criterion_only(outputs, targets).item(), rel=1e-4
-    )
+    outputs, targets = {**layers[-1], "aux_outputs": layers[:-1]}, random_targets(SETTING)
+    assert ours.loss_of(outputs, targets).item() == pytest.approx(theirs.loss_of(outputs, targets).item(), rel=1e-4)
+    assert theirs.model(**theirs.inputs([torch.rand(3, 64, 80), torch.rand(3, 60, 70)])).logits.shape == (2, 10, 92)
+    criterion(theirs, SETTING)()
