@@ -1,17 +1,17 @@
-# make demo: set up the environment, then watch a DETR learn.   make test: set it up, then lint and all tests.
+# make demo: set up the environment and train a small DETR.   make test: set it up, then linter and all tests.
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 DEMO := runs/demo
-# A small DETR on generated images, from nothing, on a CPU: live batch norm, norms before the sublayers, few queries,
-# every image at one size.
+# A small DETR trained from scratch on generated images on a CPU: trained batch norm, pre-norm layers, few queries, and
+# images of one size.
 DEMO_FLAGS := --dataset_file shapes --coco_path data/shapes --shapes_classes 3 --shapes_size 128 \
 	--device cpu --num_workers 0 --print_freq 25 --backbone resnet18 --backbone_weights none --backbone_norm batch \
 	--min_size 80 --max_size 80 --augment flip --pre_norm --hidden_dim 128 --dim_feedforward 256 --enc_layers 2 \
 	--dec_layers 3 --num_queries 12 --dropout 0 --batch_size 32 --lr 7e-4 --lr_backbone 7e-4 \
 	--epochs 12 --lr_drop 9 --eval_every 2
 
-.PHONY: demo test test-slurm lint format clean
+.PHONY: demo test test-fast test-slurm lint typecheck format clean
 
 demo: $(VENV)/.run
 	$(RUN) main.py $(DEMO_FLAGS) $(DEMO_MORE) --output_dir $(DEMO) --resume auto
@@ -19,9 +19,12 @@ demo: $(VENV)/.run
 	@echo "AP above; curves in $(DEMO)/curves.png, predictions in $(DEMO)/predictions.png"
 
 test: lint
-	$(RUN) -m pytest -q
+	$(RUN) -m pytest -q -rs --durations=10
 
-test-slurm: $(VENV)/.dev  # as root: installs Debian's Slurm where there is none, and runs one of one node
+test-fast: $(VENV)/.dev  # unit tests only
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -q -m "not slow and not distributed and not slurm and not gpu"
+
+test-slurm: $(VENV)/.dev  # as root: installs Debian's Slurm if it is absent, and runs jobs on a cluster of one node
 	tests/slurm_cluster.sh start .slurm
 	status=0; DETR_TEST_SLURM=1 SLURM_CONF=$(CURDIR)/.slurm/slurm.conf $(RUN) -m pytest -q tests/test_slurm.py || status=$$?; \
 	tests/slurm_cluster.sh stop .slurm; exit $$status
@@ -29,6 +32,9 @@ test-slurm: $(VENV)/.dev  # as root: installs Debian's Slurm where there is none
 lint: $(VENV)/.dev
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
+
+typecheck: $(VENV)/.dev
+	$(VENV)/bin/ty check
 
 format: $(VENV)/.dev
 	$(VENV)/bin/ruff check --fix .

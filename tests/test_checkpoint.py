@@ -119,6 +119,7 @@ load_checkpoint("https://nowhere.example/weights.pth")
 """
 
 
+@pytest.mark.slow
 def test_one_process_downloads_and_the_others_wait(tmp_path):
     env = os.environ | {"TORCH_HOME": str(tmp_path)}
     processes = [

@@ -277,6 +277,7 @@ def test_torchscript_also_behind_a_module_that_makes_the_batch():
         torch.testing.assert_close(scripted(images), model(images))
 
 
+@pytest.mark.slow
 def test_export_with_batch_height_and_width_free():
     model = build("--no_aux_loss")[0].eval()
     free = torch.export.Dim.AUTO

@@ -17,6 +17,8 @@ import torch
 import main
 from tests.helpers import TINY, assert_same_weights, parse
 
+pytestmark = pytest.mark.distributed
+
 
 def launch(words: list[str], processes: int = 2, **environment) -> subprocess.CompletedProcess:
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]

@@ -5,6 +5,8 @@ import pytest
 from tests.helpers import parse
 from tests.loss_curves import curve
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize("way, tolerance", [("fast", 1e-4), ("bf16", 0.05)])
 def test_the_fast_way_gives_the_plain_ways_losses(coco_root, way, tolerance):

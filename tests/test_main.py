@@ -16,6 +16,8 @@ import main
 from tests.helpers import TINY, parse
 from util.interruption import SIGNALS
 
+pytestmark = pytest.mark.slow
+
 DATA = Path(__file__).parent / "data"
 
 

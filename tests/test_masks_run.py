@@ -17,6 +17,8 @@ from engine import evaluate
 from tests.helpers import parse
 from util.checkpoint import load_checkpoint
 
+pytestmark = pytest.mark.slow
+
 HEAD = "--hidden_dim 128 --nheads 8 --dataset_file shapes_panoptic --shapes_classes 2"
 DATA = "--shapes_train 4 --shapes_val 3 --shapes_size 64"
 

@@ -12,6 +12,8 @@ import torch
 import hubconf
 from datasets.coco_names import COCO_NAMES
 
+pytestmark = pytest.mark.slow
+
 NOTEBOOK = Path(__file__).parents[1] / "notebooks" / "detr_demo.ipynb"
 NOWHERE = "http://127.0.0.1:9"  # a proxy that refuses: no test reaches the network
 

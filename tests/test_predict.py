@@ -21,6 +21,8 @@ from tools.cli import exit_status
 from tools.predictor import Predictor
 from util.checkpoint import save_checkpoint
 
+pytestmark = pytest.mark.slow
+
 NAMES = {1: "cat", 3: "dog"}
 
 

@@ -11,9 +11,12 @@ import pytest
 
 from tests.helpers import assert_same_weights
 
-pytestmark = pytest.mark.skipif(
-    "DETR_TEST_SLURM" not in os.environ, reason="needs a Slurm to submit to: `make test-slurm` starts one"
-)
+pytestmark = [
+    pytest.mark.slurm,
+    pytest.mark.skipif(
+        "DETR_TEST_SLURM" not in os.environ, reason="needs a Slurm cluster: `make test-slurm` starts one"
+    ),
+]
 SECONDS = 300  # a job that takes longer hangs
 
 

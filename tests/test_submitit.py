@@ -12,6 +12,8 @@ import submitit
 import run_with_submitit
 from tests.helpers import assert_same_weights
 
+pytestmark = pytest.mark.distributed
+
 
 def job_of(flags):
     """Submit as the command line does, but do not wait."""
