@@ -4,6 +4,7 @@ import json
 import shutil
 
 import pytest
+from PIL import Image
 
 from datasets import build_dataset
 from tests.helpers import parse
@@ -31,7 +32,7 @@ def test_a_sound_dataset_is_counted_and_passes(coco_root, capsys, tmp_path):
         "images without objects       1",
         "crowds                       1",
         "category ids                 2, from 1 to 3: the model has 4 classes",
-        "holes in the ids             1",
+        "unused ids                   1",
         "  1 cat                      3 in 2 images",
         "object sizes                 4 small (box below 32 x 32), 1 medium, 0 large",
     ):
@@ -51,11 +52,16 @@ def test_every_kind_of_bad_box_is_named(coco_root, capsys):
     change(coco_root, "train", spoil)
     status, text = report(coco_root, capsys)
     assert status == 0
-    assert "1 boxes without area (dropped): image 11 [4.0, 4.0, 0.0, 30.0]" in text
-    assert "1 boxes that reach outside their image (clamped): image 11 [30.0, 10.0, 50.0, 25.0]" in text
-    assert "1 boxes wholly outside their image (dropped): image 12 [100.0, 100.0, 5.0, 5.0]" in text
-    assert "2 boxes with a side below 4 pixels" in text
-    assert "1 objects annotated twice (same image, class and box): image 14" in text
+    for problem, boxes in (
+        ("1 annotation(s) have degenerate bboxes", "(training drops them): image 11 [4.0, 4.0, 0.0, 30.0]"),
+        (
+            "2 annotation(s) have bboxes extending outside",
+            "image 11 [30.0, 10.0, 50.0, 25.0], image 12 [100.0, 100.0, ",
+        ),
+        ("2 annotation(s) appear to be near-duplicates", "image 14 [5.0, 20.0, 2.0, 20.0], image 14 [5.0, 20.0, 2.0, "),
+    ):
+        (line,) = [line for line in text.splitlines() if problem in line]
+        assert boxes in line
 
 
 def test_sizes_queries_and_parts_are_compared(coco_root, capsys):
@@ -68,7 +74,7 @@ def test_sizes_queries_and_parts_are_compared(coco_root, capsys):
     assert "000000000013.jpg is [48, 64], not [48, 65]" in text
     assert "2 images with more objects than the 1 queries (--num_queries): image 11 (2), image 12 (2)" in text
     assert "1 is 'cat' in train, 'bird' in val" in text
-    assert "1 images that are in both parts (trained on, then judged on): 000000000011.jpg" in text
+    assert "1 images that are in both parts (trained on, then evaluated on): 000000000011.jpg" in text
 
 
 def missing_image(root):
@@ -108,3 +114,35 @@ def test_a_text_file_named_jpg_is_fatal(coco_root, capsys):
 def test_flags_that_name_no_dataset_end_in_a_sentence(flags, capsys):
     assert exit_status(lambda: main(flags)) == 2
     assert capsys.readouterr().err.startswith("error: ")
+
+
+def test_check_dataset_reports_an_image_that_is_too_large(coco_root, capsys, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    status, text = report(coco_root, capsys)
+    assert status == 1 and "4 images cannot be decoded" in text and "exceeds limit" in text
+
+
+def test_check_dataset_prints_names_escaped(coco_root, capsys):
+    change(coco_root, "train", lambda content: content["categories"][0].update(name="\x1b[31mcat"))
+    change(coco_root, "val", lambda content: content["images"][0].update(file_name="\x1bgone.jpg"))
+    status, text = report(coco_root, capsys)
+    assert status == 1 and "\x1b" not in text and text.count("\\x1b") >= 2
+
+
+def test_check_dataset_needs_only_what_training_needs(coco_root, capsys):
+    def strip(content):
+        for record in content["annotations"]:
+            del record["id"], record["area"], record["iscrowd"]
+        for record in content["images"]:
+            del record["height"], record["width"]
+
+    change(coco_root, "train", strip)
+    status, text = report(coco_root, capsys, "--no_decode")
+    assert status == 0 and "outside the image" not in text
+
+
+def test_check_dataset_allows_boxes_one_pixel_outside(coco_root, capsys):
+    change(coco_root, "train", lambda content: content["annotations"][0].update(bbox=[-0.9, -0.9, 65.5, 49.5]))
+    assert "outside the image" not in report(coco_root, capsys)[1]
+    change(coco_root, "train", lambda content: content["annotations"][0].update(bbox=[-1.5, 0, 65.5, 49.5]))
+    assert "outside the image" in report(coco_root, capsys)[1]

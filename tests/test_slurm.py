@@ -13,9 +13,7 @@ from tests.helpers import assert_same_weights
 
 pytestmark = [
     pytest.mark.slurm,
-    pytest.mark.skipif(
-        "DETR_TEST_SLURM" not in os.environ, reason="needs a Slurm cluster: `make test-slurm` starts one"
-    ),
+    pytest.mark.skipif("DETR_TEST_SLURM" not in os.environ, reason="needs a Slurm: `make test-slurm` starts one"),
 ]
 SECONDS = 300  # a job that takes longer hangs
 

@@ -8,7 +8,7 @@ import hubconf
 from util.nested_tensor import nested_tensor_from_tensor_list
 
 # PyTorch calls TorchScript deprecated; programs that run DETR in libtorch still need it.
-pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.*deprecated")
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:`torch.jit.*deprecated")]
 NAMES = [name for name in dir(hubconf) if name.startswith("detr_")]
 
 
