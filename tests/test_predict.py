@@ -341,7 +341,8 @@ def test_predictor_takes_paths_pictures_tensors_and_arrays(coco_root, checkpoint
 
 
 def listed(tmp_path, *names):
-    content = {"images": [{"id": 10 + k, "file_name": name} for k, name in enumerate(names)], "categories": []}
+    images = [{"id": 10 + k, "file_name": name} for k, name in enumerate(names)]
+    content = {"images": images, "annotations": [], "categories": [{"id": 1, "name": "cat"}]}
     (tmp_path / "list.json").write_text(json.dumps(content))
     return str(tmp_path / "list.json")
 

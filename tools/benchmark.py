@@ -155,15 +155,18 @@ def measure_network(what: str, options, peer) -> Iterator[dict]:
 def measure_loader(what: str, options, _) -> Iterator[dict]:
     """Load images in batches of two in one thread, beside the common way: PIL and float tensors, with equal draws."""
     import datasets.transforms as T
+    from datasets.coco import make_coco_transforms
     from util.nested_tensor import collate_fn, nested_tensor_from_tensor_list
 
+    ours_only = (T.PILToTensor, T.ToTensor, T.Normalize, T.RelativeBoxes)
     normalise = [T.ToTensor(), T.Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])]
     for part in ("train", "val"):
         data = dataset(part, options)
         data.set_epoch(0)
         files = [data.img_folder / name for name in data.index.file_names[:LOADED].tolist()]
         pairs = [(i, i + 1) for i in range(0, len(files) - 1, 2)]
-        common_transforms = T.Compose([*data.transforms.transforms[:-2], *normalise])
+        published = [step for step in make_coco_transforms(part).transforms if not isinstance(step, ours_only)]
+        common_transforms = T.Compose([*published, *normalise])
 
         def common(i: int, files=files, data=data, transforms=common_transforms) -> Tensor:
             with T.seeded(data.seed, 0, i):

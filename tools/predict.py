@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from datasets.coco_index import read_json
+from datasets.coco_index import read_coco_index
 from datasets.images import to_rgb
 from datasets.masks import encode_masks
 from tools.cli import exit_status, printable
@@ -100,16 +100,12 @@ def find_images(inputs: Sequence[str]) -> dict[Path, str]:
 
 
 def read_image_list(path: str | Path) -> tuple[dict[str, int], dict[int, str]]:
-    """Read {file name: image id} and {class id: name} of a COCO file, which need not have annotations."""
-    content = read_json(path, lambda record: None if "image_id" in record else record)  # annotations are not kept
-    try:
-        ids = {str(record["file_name"]): int(record["id"]) for record in content["images"]}
-        names = {int(record["id"]): str(record.get("name", record["id"])) for record in content["categories"]}
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise ValueError(f"{path}: not a COCO file with 'images' and 'categories' ({error!r})") from None
-    if len(set(ids.values())) < len(content["images"]):
-        raise ValueError(f"{path}: some images have the same id or the same file name")
-    return ids, names
+    """Read {file name: image id} and {class id: name} of a COCO file."""
+    index = read_coco_index(path)
+    ids = dict(zip(index.file_names.tolist(), index.image_ids.tolist(), strict=True))
+    if len(ids) < len(index.file_names):
+        raise ValueError(f"{path}: some images have the same file name")
+    return ids, index.categories
 
 
 def image_ids(paths: Sequence[Path], annotations: str | None, relative: Sequence[str] | None = None) -> list[int]:
