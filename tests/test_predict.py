@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import re
 import subprocess
 import sys
@@ -168,6 +169,7 @@ def test_ids_and_file_names(tmp_path, coco_root):
     folder = coco_root / "val2017"
     paths = predict.find_images([str(folder / "*21.jpg"), str(folder)])
     assert list(paths.values()) == [f"0000000000{i}.jpg" for i in (21, 22, 23)]
+    assert len(predict.find_images([os.path.relpath(path) for path in paths] + [str(folder)])) == 3
     assert predict.image_ids(list(paths), None) == [21, 22, 23]
     assert predict.image_ids([folder / "a.jpg", folder / "7.jpg"], None) == [1, 2]
     with pytest.raises(ValueError, match="does not list 1 of the images: a.jpg"):

@@ -14,7 +14,6 @@ needs on top of what was in use before it, `ratio` the peer's time divided by ou
 
 import argparse
 import contextlib
-import ctypes
 import functools
 import io
 import itertools
@@ -23,21 +22,31 @@ import platform
 import statistics
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.benchmark import Timer
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from tools.benchmark_network import AMP, CALLS, OBJECTS, Detr, OtherTree, Transformers, autocast, masks
+from tools.benchmark_network import (
+    AMP,
+    CALLS,
+    OBJECTS,
+    Clock,
+    Detr,
+    OtherTree,
+    Transformers,
+    autocast,
+    clock,
+    masks,
+    prepare,
+)
 
 # Other modules of this project are imported in functions: in the process of --peer FOLDER they are that folder's.
 DETECTIONS = 100  # in an image, for `evaluator`
 LOADED = 32  # images in a call of `loader` and `predict`
-Clock = tuple[Callable[[], float], float]  # a function that gives the seconds of one call, and the call's peak memory
 
 
 # fmt: off
@@ -65,38 +74,6 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 
 # fmt: on
-def prepare(side, setting: dict) -> Clock:
-    """Build the model that a setting describes on one side, and the call to be measured."""
-    if isinstance(side, OtherTree):
-        peak = side.ask(setting)
-        return side.ask, peak
-    torch.manual_seed(0)
-    torch.set_num_threads(setting["threads"])
-    one = side(setting)
-    if setting["compiled"]:
-        import engine
-
-        torch._dynamo.reset()
-        getattr(engine, "compile_network", torch.nn.Module.compile)(one.model)
-    return clock(CALLS[setting["what"]](one, setting), setting)
-
-
-def clock(call: Callable, setting: dict) -> Clock:
-    """Warm a call up, and measure its memory; what it prints is dropped."""
-    timer = Timer("call()", globals={"call": call}, num_threads=setting["threads"])
-    with contextlib.redirect_stdout(io.StringIO()):
-        call()
-        before = reset_peak(setting["device"])
-        call()
-        peak = peak_memory(setting["device"]) - before
-
-    def measure() -> float:
-        with contextlib.redirect_stdout(io.StringIO()):
-            return timer.timeit(1).mean
-
-    return measure, peak
-
-
 def compare(clocks: list[Clock], rounds: int, peer: str = "peer") -> dict:
     """Measure the sides in turn; return the figures of ours, and those of the peer if there is one."""
     times = [[] for _ in clocks]
@@ -107,26 +84,6 @@ def compare(clocks: list[Clock], rounds: int, peer: str = "peer") -> dict:
         low, _, high = statistics.quantiles(seconds * 2, n=4)
         row |= {f"{prefix}s": statistics.median(seconds), f"{prefix}spread": high - low, f"{prefix}peak_gb": peak}
     return {**row, "ratio": row[f"{peer}_s"] / row["s"]} if len(clocks) == 2 else row
-
-
-def reset_peak(device: str) -> float:
-    """Forget the peak memory so far; return the gigabytes in use."""
-    if device.startswith("cuda"):
-        torch.cuda.reset_peak_memory_stats()
-    elif sys.platform == "linux":
-        with contextlib.suppress(AttributeError):  # freed memory that is kept would hide what a call needs
-            ctypes.CDLL(None).malloc_trim(0)
-        Path("/proc/self/clear_refs").write_text("5")
-    return peak_memory(device)
-
-
-def peak_memory(device: str) -> float:
-    """Return the peak in GB since `reset_peak`: PyTorch's on a GPU, the process's on a CPU (Linux only)."""
-    if device.startswith("cuda"):
-        return torch.cuda.max_memory_allocated() / 1e9
-    if sys.platform != "linux":
-        return float("nan")
-    return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) * 1024 / 1e9
 
 
 def settings(what: str, options) -> Iterator[tuple[dict, dict]]:

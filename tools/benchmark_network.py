@@ -1,7 +1,8 @@
-"""The networks that tools/benchmark.py measures (DETR's contract, Hugging Face's DETR), and the calls it times."""
+"""What tools/benchmark.py times: networks with DETR's contract, Hugging Face's DETR, and calls of their parts."""
 
 import argparse
 import contextlib
+import ctypes
 import io
 import itertools
 import multiprocessing
@@ -11,11 +12,13 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.utils.benchmark import Timer
 
 # This project's modules are imported in functions: in the process of OtherTree they are another folder's.
 
 AMP = {"bf16": torch.bfloat16, "fp16": torch.float16}
 CLASSES, OBJECTS = 91, 7  # COCO's, and its mean number of objects in an image
+Clock = tuple[Callable[[], float], float]  # a function that gives the seconds of one call, and the call's peak memory
 
 
 class Detr:
@@ -114,8 +117,6 @@ def serve(folder: str, pipe) -> None:
     """Answer OtherTree's questions until it is gone, with the modules of a folder."""
     from torchvision.models import resnet
 
-    from tools.benchmark import prepare
-
     sys.path.insert(0, folder)
     build = resnet._resnet  # other trees ask for ImageNet weights: give them random ones
     resnet._resnet = lambda block, layers, weights, progress, **more: build(block, layers, None, progress, **more)
@@ -128,6 +129,58 @@ def serve(folder: str, pipe) -> None:
             else:
                 measure, peak = prepare(Detr, setting)
                 pipe.send(peak)
+
+
+def prepare(side, setting: dict) -> Clock:
+    """Build the model that a setting describes on one side, and the call to be measured."""
+    if isinstance(side, OtherTree):
+        peak = side.ask(setting)
+        return side.ask, peak
+    torch.manual_seed(0)
+    torch.set_num_threads(setting["threads"])
+    one = side(setting)
+    if setting["compiled"]:
+        import engine
+
+        torch._dynamo.reset()
+        getattr(engine, "compile_network", torch.nn.Module.compile)(one.model)
+    return clock(CALLS[setting["what"]](one, setting), setting)
+
+
+def clock(call: Callable, setting: dict) -> Clock:
+    """Warm a call up, and measure its memory; what it prints is dropped."""
+    timer = Timer("call()", globals={"call": call}, num_threads=setting["threads"])
+    with contextlib.redirect_stdout(io.StringIO()):
+        call()
+        before = reset_peak(setting["device"])
+        call()
+        peak = peak_memory(setting["device"]) - before
+
+    def measure() -> float:
+        with contextlib.redirect_stdout(io.StringIO()):
+            return timer.timeit(1).mean
+
+    return measure, peak
+
+
+def reset_peak(device: str) -> float:
+    """Forget the peak memory so far; return the gigabytes in use."""
+    if device.startswith("cuda"):
+        torch.cuda.reset_peak_memory_stats()
+    elif sys.platform == "linux":
+        with contextlib.suppress(AttributeError):  # freed memory that is kept would hide what a call needs
+            ctypes.CDLL(None).malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")
+    return peak_memory(device)
+
+
+def peak_memory(device: str) -> float:
+    """Return the peak in GB since `reset_peak`: PyTorch's on a GPU, the process's on a CPU (Linux only)."""
+    if device.startswith("cuda"):
+        return torch.cuda.max_memory_allocated() / 1e9
+    if sys.platform != "linux":
+        return float("nan")
+    return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) * 1024 / 1e9
 
 
 def forward(one, setting: dict) -> Callable:
