@@ -29,10 +29,10 @@ class Detr:
         from models import build_model
 
         model, self.device = setting["model"], setting["device"]
-        flags = [*flags, "--backbone", model.removesuffix("-dc5"), "--num_queries", str(setting["queries"])]
+        words = [*flags, "--backbone", model.removesuffix("-dc5"), "--num_queries", str(setting["queries"])]
         if model.endswith("-dc5"):
-            flags.append("--dilation")
-        args = argparse.ArgumentParser(parents=[get_args_parser()]).parse_args([*flags, "--device", self.device])
+            words.append("--dilation")
+        args = argparse.ArgumentParser(parents=[get_args_parser()]).parse_args([*words, "--device", self.device])
         args.backbone_weights = "none"
         with contextlib.redirect_stdout(io.StringIO()):
             self.model, self.criterion, _ = build_model(args)

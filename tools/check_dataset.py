@@ -73,20 +73,19 @@ def inspect_part(
         report.fatal.append(str(error))
         return report
     classes = num_classes or index.num_classes
-    for check, argument in ((check_against_folder, images), (check_classes, classes)):
+    for check in (lambda: check_against_folder(index, images), lambda: check_classes(index, classes)):
         try:
-            check(index, argument)
+            check()
         except (ValueError, FileNotFoundError) as error:
             report.fatal.append(str(error))
-    sizes = _check_files(report) if decode and images.is_dir() else index.sizes
-    _check_images(report, num_queries)
-    _check_annotations(report, sizes, classes)
+    sizes = _check_files(report, index) if decode and images.is_dir() else index.sizes
+    _check_images(report, index, num_queries)
+    _check_annotations(report, index, sizes, classes)
     return report
 
 
-def _check_files(report: Report) -> np.ndarray:
+def _check_files(report: Report, index: CocoIndex) -> np.ndarray:
     """Decode every image; return true sizes [N, 2] (height, width), or the annotated ones where that fails."""
-    index = report.index
 
     def look(i: int) -> tuple[int, int, str, bool]:
         path = report.images / str(index.file_names[i])
@@ -115,9 +114,8 @@ def _check_files(report: Report) -> np.ndarray:
     return np.where(sizes > 0, sizes, index.sizes)
 
 
-def _check_images(report: Report, num_queries: int) -> None:
+def _check_images(report: Report, index: CocoIndex, num_queries: int) -> None:
     """Count the objects of each image."""
-    index = report.index
     objects = np.diff(index.first)
     report.table.append(("images", f"{len(objects)}, with {len(index.labels)} annotations"))
     report.table.append(("objects in an image", f"{objects.mean():.1f} on average, {objects.max()} at most"))
@@ -136,13 +134,12 @@ def _repeated(names: Iterable[str]) -> list[str]:
     return [name for name, count in Counter(names).items() if count > 1]
 
 
-def _check_annotations(report: Report, sizes: np.ndarray, num_classes: int) -> None:
+def _check_annotations(report: Report, index: CocoIndex, sizes: np.ndarray, num_classes: int) -> None:
     """Add hotcoco's statistics and the problems it finds in boxes and categories."""
     try:
         from hotcoco import COCO
     except ImportError:
         raise ValueError("this tool needs hotcoco: pip install hotcoco") from None
-    index = report.index
     image_of = np.repeat(np.arange(len(index.image_ids)), np.diff(index.first))
     # One pixel of slack at each border: float32 rounds, and so do annotation tools.
     sides = (np.where(sizes > 0, sizes, UNKNOWN_SIZE) + 2).tolist()
@@ -169,11 +166,12 @@ def _check_annotations(report: Report, sizes: np.ndarray, num_classes: int) -> N
                 report.suspects.setdefault(int(i), code.replace("_", " "))
         report.warnings.append(f"{text}: {_some(examples)}")
 
-    _add_statistics(report, sizes, num_classes, dataset.stats()["per_category"])
+    _add_statistics(report, index, sizes, num_classes, dataset.stats()["per_category"])
 
 
-def _add_statistics(report: Report, sizes: np.ndarray, num_classes: int, per_category: list[dict]) -> None:
-    index = report.index
+def _add_statistics(
+    report: Report, index: CocoIndex, sizes: np.ndarray, num_classes: int, per_category: list[dict]
+) -> None:
     if (sizes > 0).all():
         for name, side in zip(("height", "width"), sizes.T, strict=True):
             report.table.append((f"image {name}", f"{side.min()} to {side.max()}, median {np.median(side):.0f}"))
@@ -220,15 +218,15 @@ def draw_sheet(reports: list[Report], count: int) -> Image.Image | None:
         sample = {i: "sample" for i in range(0, total, max(total // share, 1))}
         for i, why in list({**report.suspects, **{**sample, **report.suspects}}.items())[:share]:
             try:
-                pictures.append(_draw(report, i, why))
+                pictures.append(_draw(report, report.index, i, why))
             except (OSError, ValueError):
                 continue  # reported already
     return contact_sheet(pictures, 4) if pictures else None
 
 
-def _draw(report: Report, i: int, why: str) -> Image.Image:
+def _draw(report: Report, index: CocoIndex, i: int, why: str) -> Image.Image:
     """Draw one image with its objects; boxes with a problem are red and dashed."""
-    index, where = report.index, report.index.annotations_of(i)
+    where = index.annotations_of(i)
     picture, factor = fit(to_pil(read_image(report.images / str(index.file_names[i]))), 420)
     boxes = index.boxes[where].copy()
     boxes[:, 2:] += boxes[:, :2]

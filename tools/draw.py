@@ -31,7 +31,8 @@ def class_colour(label: int, shade: int = 0) -> Colour:
     Different `shade` numbers give similar colours, for objects of one class that touch.
     """
     hue, light = label * 0.618034 + shade * 0.023, 0.95 - 0.12 * (shade % 4)
-    return tuple(round(255 * part) for part in colorsys.hsv_to_rgb(hue % 1, 0.9 - 0.35 * (label % 2), light))
+    red, green, blue = colorsys.hsv_to_rgb(hue % 1, 0.9 - 0.35 * (label % 2), light)
+    return round(255 * red), round(255 * green), round(255 * blue)
 
 
 def fit(image: Image.Image, side: int) -> tuple[Image.Image, float]:
