@@ -3,14 +3,12 @@
 import math
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Subset
 
 from datasets.coco_eval import CocoEvaluator
-from datasets.panoptic_eval import PanopticEvaluator
+from datasets.evaluators import Batch, build_evaluators
 from util.logger import MetricLogger, SmoothedValue
 
 AMP_TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -99,61 +97,38 @@ def evaluate(
     amp: str | None = None,
     coco_backend: str = "auto",
     print_freq: int = 10,
-) -> tuple[dict, CocoEvaluator]:
-    """Run the model over the data and judge it by COCO's protocol, at the images' original sizes.
+) -> tuple[dict, CocoEvaluator | None]:
+    """Run the model over the data and compute every metric of `datasets.evaluators`, at the images' original sizes.
 
-    `base_ds` is the annotation index as pycocotools builds it (needed on the main process only). Returns the averaged
-    losses with, on the main process, `coco_eval_bbox` (COCO's twelve numbers), and the evaluator. Where the
-    post-processors read out masks, `coco_eval_masks` is the same for them; where they read out panoptic maps, `PQ_all`,
-    `PQ_th` and `PQ_st` are their quality, and the maps are in `output_dir`/panoptic_eval.
+    `base_ds` is the annotations' index as pycocotools builds it (needed on the main process only). Returns the averaged
+    losses with, on the main process, the metrics: `coco_eval_bbox` (COCO's twelve numbers), `coco_eval_masks` where
+    there are masks, and `PQ_all`, `PQ_th`, `PQ_st` where there are panoptic maps; and the CocoEvaluator.
     """
     model.eval()
     criterion.eval()
     metrics = MetricLogger()
     metrics.add_meter("class_error", SmoothedValue(window_size=1, fmt="{value:.2f}"))
-    evaluator = CocoEvaluator(base_ds, [name for name in ("segm", "bbox") if name in postprocessors], coco_backend)
-    with_masks = bool(postprocessors.keys() & {"segm", "panoptic"})
-    panoptic = panoptic_evaluator(data_loader, output_dir) if "panoptic" in postprocessors else None
+    evaluators = build_evaluators(postprocessors, data_loader, base_ds, output_dir, coco_backend)
     for samples, targets in metrics.log_every(data_loader, print_freq, "Test:"):
-        ids = [int(target["image_id"]) for target in targets]
-        original_sizes = torch.stack([target["orig_size"] for target in targets])
-        sizes = torch.stack([target["size"] for target in targets]) if with_masks else original_sizes
         samples = samples.to(device, non_blocking=True)
-        targets = to_device(targets, device)
+        on_device = to_device(targets, device)
         with autocast(device, amp):
             outputs = model(samples)
-        metrics.update(**loss_values(criterion(outputs, targets), criterion.weight_dict))
-        results = postprocessors["bbox"](outputs, original_sizes.to(device, non_blocking=True))
+        metrics.update(**loss_values(criterion(outputs, on_device), criterion.weight_dict))
+        batch = Batch(outputs, samples, targets)
+        results = postprocessors["bbox"](outputs, batch.original_sizes.to(device, non_blocking=True))
         if "segm" in postprocessors:
-            results = postprocessors["segm"](results, outputs, original_sizes, sizes)
-        evaluator.update(dict(zip(ids, results, strict=True)))
-        if panoptic:
-            padded = samples.tensors.shape[-2:]
-            maps = postprocessors["panoptic"](outputs, sizes, original_sizes, padded_size=padded, first_id=1)
-            panoptic.update({**found, "image_id": image_id} for image_id, found in zip(ids, maps, strict=True))
+            results = postprocessors["segm"](results, outputs, batch.original_sizes, batch.sizes)
+        predictions = dict(zip(batch.image_ids, results, strict=True))
+        for evaluator in evaluators.values():
+            evaluator.update(predictions, batch)
     metrics.synchronize_between_processes()
-    evaluator.synchronize_between_processes()
-    evaluator.accumulate()
-    evaluator.summarize()
     stats = metrics.averages()
-    for iou_type, name in (("bbox", "coco_eval_bbox"), ("segm", "coco_eval_masks")):
-        if iou_type in evaluator.coco_eval:
-            stats[name] = [float(number) for number in evaluator.coco_eval[iou_type].stats[:12]]
-    if panoptic:
-        panoptic.synchronize_between_processes()
-        quality = panoptic.summarize() or {}
-        names = {"All": "PQ_all", "Things": "PQ_th", "Stuff": "PQ_st"}
-        stats |= {name: quality[group] for group, name in names.items() if group in quality}
-    return stats, evaluator
-
-
-def panoptic_evaluator(data_loader: Iterable, output_dir: str) -> PanopticEvaluator:
-    """Build the judge of panoptic maps for the loader's dataset (or the one a Subset was taken from)."""
-    dataset = data_loader.dataset
-    while isinstance(dataset, Subset):
-        dataset = dataset.dataset
-    folder = Path(output_dir) / "panoptic_eval" if output_dir else None
-    return PanopticEvaluator(dataset.ann_file, dataset.ann_folder, folder)
+    for evaluator in evaluators.values():
+        evaluator.synchronize_between_processes()
+        evaluator.accumulate()
+        stats |= evaluator.summarize()
+    return stats, evaluators.get("coco")
 
 
 def check_finite(values: dict[str, float], where: str) -> None:

@@ -2,44 +2,60 @@
 
 import contextlib
 import io
+from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
 
 import torch
+import torchvision
+import torchvision.transforms.v2.functional as F
+from PIL import Image
 from torch import Tensor
-from torch.utils.data import Dataset
+from torchvision.datasets import VisionDataset
 
 import datasets.transforms as T
-from datasets.coco_index import (
-    check_against_folder,
-    check_classes,
-    check_masks,
-    check_sizes,
-    read_coco_index,
-    read_json,
-)
-from datasets.images import read_image
+from datasets.coco_index import check_against_folder, check_classes, check_masks, check_sizes, read_coco_index
+from datasets.images import read_image, read_pixels
+from datasets.json_file import read_json
 from datasets.masks import decode_masks
+from util.flags import with_defaults
+from util.logger import logger
 
 # The published recipe, for a shortest side of 800; other sizes scale it.
 TRAIN_SCALES = tuple(range(480, 801, 32))
 CROP_SOURCES, CROP_SIDES = (400, 500, 600), (384, 600)
 AUGMENTS = ("full", "flip", "none")
-NOT_COUNTED = -1  # the epoch of a dataset whose loop does not count them
+IMAGE_DTYPES = ("float32", "uint8")
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, as the backbone's weights expect
+NO_EPOCH = -1  # the epoch before `set_epoch` is called
+
+# The flags of COCO data that DETR did not have. A caller whose `args` lacks one gets its default.
+NEW_FLAGS = {
+    "num_classes": None,
+    "min_size": 800,
+    "max_size": 1333,
+    "augment": "full",
+    "image_dtype": "float32",
+    "train_images": None,
+    "train_annotations": None,
+    "val_images": None,
+    "val_annotations": None,
+    "seed": 42,
+}
 
 
-class CocoDetection(Dataset):
+class CocoDetection(torchvision.datasets.CocoDetection):
     """A folder of images and a COCO instances file.
 
-    An item is (image, target): after the default transforms a uint8 tensor [3, H, W], and a dict with `boxes` [T, 4],
-    `labels` [T] (category ids as they are), `area` [T], `iscrowd` [T], `image_id` [1], `orig_size` and `size` [2]
-    (height, width). Crowds are left out, boxes clamped to the image, and those without area dropped. With
-    `return_masks` there are `masks` too, bool [T, H, W]; without, no mask is read.
+    An item is (image, target): a PIL image, and a dict with `boxes` [T, 4] (x0 y0 x1 y1 in pixels), `labels` [T]
+    (category ids as they are), `area` [T], `iscrowd` [T], `image_id` [1], `orig_size` and `size` [2] (height, width);
+    with `return_masks` also `masks`, bool [T, H, W]. Crowds are left out, boxes clamped to the image, and those without
+    area dropped. `transforms` take and return such a pair; None leaves it unchanged. With `as_tensor` they get a uint8
+    tensor [3, H, W] instead of a PIL image, which is faster.
 
-    `transforms` take and return such a pair, with boxes x0 y0 x1 y1 in pixels; None leaves it as it was read. Once
-    `set_epoch` has been called (it reaches the workers too), augmentation is drawn from (seed, epoch, index) alone; in
-    a loop that never calls it, from Python's `random` as it comes. The files are checked once, here: raises
-    FileNotFoundError or ValueError with counts and the first few culprits.
+    Once `set_epoch` has been called (it reaches running workers too), augmentation is a function of (seed, epoch,
+    index); without it, transforms draw from Python's `random` as usual. The files are checked once, here: raises
+    FileNotFoundError, or ValueError with counts and examples. `coco`, pycocotools' index, is built when first used.
     """
 
     def __init__(
@@ -50,31 +66,36 @@ class CocoDetection(Dataset):
         return_masks: bool = False,
         num_classes: int | None = None,
         seed: int = 0,
+        as_tensor: bool = False,
     ):
+        VisionDataset.__init__(self, img_folder)  # torchvision's own constructor would read the file into dicts
         self.img_folder, self.ann_file = Path(img_folder), Path(ann_file)
-        self.index = read_coco_index(ann_file, with_segmentations=return_masks)
-        check_against_folder(self.index, img_folder)
-        if return_masks:
-            check_masks(self.index)
+        self._transforms, self.return_masks, self.seed, self.as_tensor = transforms, return_masks, seed, as_tensor
+        self.prepare = ConvertCocoPolysToMask(return_masks)
+        self.index = self._read_index()
+        self.ids = self.index.image_ids.tolist()
         self.num_classes = num_classes or self.index.num_classes
         check_classes(self.index, self.num_classes)
-        self.transforms, self.return_masks, self.seed = transforms, return_masks, seed
-        self._epoch = torch.tensor(NOT_COUNTED).share_memory_()  # one number, seen by every worker
+        if self.index.iscrowd.all():
+            logger.warning(f"{ann_file}: no annotation at all, or only crowds: there is nothing to train on or to find")
+        self._epoch = torch.tensor(NO_EPOCH).share_memory_()  # one number, shared with every worker
+
+    def _read_index(self):
+        index = read_coco_index(self.ann_file, with_segmentations=self.return_masks)
+        check_against_folder(index, self.img_folder)
+        if self.return_masks:
+            check_masks(index)
+        return index
 
     def set_epoch(self, epoch: int) -> None:
-        """Draw the augmentation of another epoch from here on."""
+        """Draw the augmentation of this epoch from now on."""
         self._epoch.fill_(epoch)
 
     @property
-    def ids(self) -> list[int]:
-        """Image ids in the order of the items."""
-        return self.index.image_ids.tolist()
-
-    @property
     def sizes(self) -> list[tuple[int, int]]:
-        """(height, width) of each image, as the annotation file says; ValueError if it does not."""
+        """(height, width) of each image, as listed in the annotation file; ValueError if any is missing."""
         check_sizes(self.index)
-        return [tuple(size) for size in self.index.sizes.tolist()]
+        return [tuple(self.index.sizes[self.index.row_of(i)].tolist()) for i in self.ids]
 
     @property
     def class_names(self) -> dict[int, str]:
@@ -83,53 +104,99 @@ class CocoDetection(Dataset):
 
     @cached_property
     def coco(self):
-        """The annotation file as pycocotools' COCO, which only the computing of AP needs."""
+        """The annotation file as pycocotools' COCO."""
         return load_coco_api(self.ann_file)
 
     def __len__(self) -> int:
-        return len(self.index.image_ids)
+        return len(self.ids)
 
-    def __getitem__(self, i: int) -> tuple[Tensor, dict]:
-        path = self.img_folder / str(self.index.file_names[i])
-        image = read_image(path)
-        target = self._target(i, *image.shape[-2:])
-        if self.transforms is None:
+    def __getitem__(self, idx: int) -> tuple[Image.Image | Tensor, dict]:
+        image_id = self.ids[idx]
+        image = self._load_tensor(image_id) if self.as_tensor else self._load_image(image_id)
+        self._check_size(image_id, F.get_size(image))
+        image, target = self._with_target(image, image_id)
+        if self._transforms is None:
             return image, target
         epoch = int(self._epoch)
-        with T.seeded(self.seed, epoch, i) if epoch != NOT_COUNTED else contextlib.nullcontext():
-            return self.transforms(image, target)
+        with T.seeded(self.seed, epoch, idx) if epoch != NO_EPOCH else contextlib.nullcontext():
+            return self._transforms(image, target)
 
-    def _target(self, i: int, height: int, width: int) -> dict:
-        where = self.index.annotations_of(i)
-        corners = torch.from_numpy(self.index.boxes[where].copy()).view(-1, 2, 2)
-        corners[:, 1] += corners[:, 0]
-        corners = torch.minimum(corners.clamp(min=0), torch.tensor([width, height]))
-        crowd = torch.from_numpy(self.index.iscrowd[where])
-        keep = (crowd == 0) & (corners[:, 1] > corners[:, 0]).all(1)
-        size = torch.tensor([height, width])
-        target = {
-            "boxes": corners.view(-1, 4)[keep],
-            "labels": torch.from_numpy(self.index.labels[where])[keep],
-            "image_id": torch.tensor([int(self.index.image_ids[i])]),
-            "area": torch.from_numpy(self.index.area[where])[keep],
-            "iscrowd": crowd[keep],
-            "orig_size": size,
-            "size": size.clone(),
+    def _with_target(self, image: Image.Image | Tensor, image_id: int) -> tuple[Image.Image | Tensor, dict]:
+        """Return the image with the target that training uses."""
+        annotations = self.index.annotations(self.index.row_of(image_id))
+        try:
+            return self.prepare(image, {"image_id": image_id, "annotations": annotations})
+        except ValueError as error:
+            raise ValueError(f"{self.ann_file}: {error}") from error
+
+    def _path(self, image_id: int) -> Path:
+        return self.img_folder / str(self.index.file_names[self.index.row_of(image_id)])
+
+    def _load_image(self, id: int) -> Image.Image:
+        return Image.fromarray(read_pixels(self._path(id)))
+
+    def _load_tensor(self, image_id: int) -> Tensor:
+        return read_image(self._path(image_id))
+
+    def _check_size(self, image_id: int, size: list[int]) -> None:
+        """Raise ValueError if the file lists another size than the image has: boxes and masks would not fit it."""
+        listed = self.index.sizes[self.index.row_of(image_id)].tolist()
+        if min(listed) > 0 and listed != list(size):
+            raise ValueError(
+                f"{self._path(image_id)} is {size} (height, width), but {self.ann_file} lists image {image_id} as "
+                f"{listed}: boxes and masks belong to another version of the image (resized or rotated?)"
+            )
+
+
+class ConvertCocoPolysToMask:
+    """Convert COCO's annotations of an image to a target of tensors (see CocoDetection).
+
+    Takes and returns (image, target). The target going in is a dict of `image_id` and `annotations`, COCO's records.
+    """
+
+    def __init__(self, return_masks: bool = False):
+        self.return_masks = return_masks
+
+    def __call__(self, image: Image.Image | Tensor, target: dict) -> tuple[Image.Image | Tensor, dict]:
+        height, width = F.get_size(image)
+        image_id = torch.as_tensor(target["image_id"]).reshape(1)
+        objects = [record for record in target["annotations"] if not record.get("iscrowd")]
+        boxes = torch.tensor([record["bbox"] for record in objects], dtype=torch.float32).reshape(-1, 4)
+        boxes[:, 2:] += boxes[:, :2]
+        columns = {
+            "boxes": torch.minimum(boxes.clamp(min=0), torch.tensor([width, height] * 2)),
+            "labels": torch.tensor([record["category_id"] for record in objects], dtype=torch.int64),
+            "area": torch.tensor([_area(record) for record in objects], dtype=torch.float32),
+            "iscrowd": torch.zeros(len(objects), dtype=torch.int64),
         }
         if self.return_masks:
-            self._check_size(i, height, width)
-            drawn = [self.index.segmentations[where.start + k] for k in keep.nonzero()[:, 0].tolist()]
-            name = f"{self.ann_file}: image {self.index.image_ids[i]}"
-            target["masks"] = decode_masks(drawn, height, width, name)
-        return target
+            codes = [record["segmentation"] for record in objects]
+            columns["masks"] = decode_masks(codes, height, width, f"image {image_id.item()}")
+        if objects and "keypoints" in objects[0]:
+            points = torch.tensor([record["keypoints"] for record in objects], dtype=torch.float32)
+            columns["keypoints"] = points.reshape(len(objects), -1, 3)
+        return image, make_target(image_id, (height, width), columns)
 
-    def _check_size(self, i: int, height: int, width: int) -> None:
-        listed = tuple(self.index.sizes[i].tolist())
-        if listed != (height, width):
-            raise ValueError(
-                f"{self.ann_file}: image {self.index.image_ids[i]} is listed as {listed} (height, width), but "
-                f"{self.index.file_names[i]} is {(height, width)}: its masks are drawn for another picture"
-            )
+
+def _area(record: dict) -> float:
+    area = record.get("area")
+    return record["bbox"][2] * record["bbox"][3] if area is None else area
+
+
+def make_target(image_id: Tensor, size: tuple[int, int], columns: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Make the target of an image of `size` (height, width) from `columns` with a row for each object.
+
+    Objects whose box has no width or no height are dropped.
+    """
+    boxes = columns["boxes"]
+    keep = (boxes[:, 2:] > boxes[:, :2]).all(1)
+    target = {name: column[keep] for name, column in columns.items()}
+    return target | {"image_id": image_id, "orig_size": torch.tensor(size), "size": torch.tensor(size)}
+
+
+def convert_coco_poly_to_mask(segmentations: Iterable, height: int, width: int) -> Tensor:
+    """Draw the segmentations of an image: bool [T, height, width]."""
+    return decode_masks(segmentations, height, width, "the annotations")
 
 
 def load_coco_api(ann_file: str | Path):
@@ -138,14 +205,14 @@ def load_coco_api(ann_file: str | Path):
 
 
 def index_coco(instances: dict):
-    """Make pycocotools' COCO of instances, filling in what COCO's evaluation needs and own files may lack."""
+    """Make pycocotools' COCO of instances, filling in what COCO's evaluation needs and other files may lack."""
     from pycocotools.coco import COCO
 
     coco = COCO()
+    annotations = instances.setdefault("annotations", [])
     coco.dataset = instances
     for record in (*instances["images"], *instances["categories"]):
         record["id"] = int(record["id"])
-    annotations = instances["annotations"]
     # The evaluation tells objects apart by their ids, and takes 0 for "not matched".
     ids = [annotation.get("id") for annotation in annotations]
     usable = all(type(i) is int and 0 < i < 2**63 for i in ids) and len(set(ids)) == len(ids)
@@ -153,68 +220,72 @@ def index_coco(instances: dict):
         annotation["id"] = annotation["id"] if usable else i
         annotation["image_id"], annotation["category_id"] = int(annotation["image_id"]), int(annotation["category_id"])
         annotation["iscrowd"] = int(annotation.get("iscrowd") or 0)
-        if annotation.get("area") is None:
-            annotation["area"] = annotation["bbox"][2] * annotation["bbox"][3]
+        annotation["area"] = _area(annotation)
     with contextlib.redirect_stdout(io.StringIO()):
         coco.createIndex()
     return coco
 
 
-def make_coco_transforms(image_set: str, min_size: int = 800, max_size: int = 1333, augment: str = "full") -> T.Compose:
+def make_coco_transforms(
+    image_set: str, min_size: int = 800, max_size: int = 1333, augment: str = "full", image_dtype: str = "float32"
+) -> T.Compose:
     """Build the published augmentation for `train`, and the fixed resize for `val`.
 
     `min_size` is the shortest side at evaluation and the largest drawn in training; the other training sizes keep
-    their proportion to it. `augment` is "full", or for data that is meant to be learned as it is "flip" (at the
-    evaluation's size) or "none".
+    their proportion to it. `augment` is "full", "flip" (only flips, at the evaluation's size) or "none". Images come
+    out as "float32", normalised with ImageNet's mean and deviation, or as "uint8", which the model normalises itself.
     """
-    if image_set not in ("train", "val"):
-        raise ValueError(f"no transforms for image set {image_set!r}: choose train or val")
-    if augment not in AUGMENTS:
-        raise ValueError(f"no augmentation {augment!r}: choose {', '.join(AUGMENTS)}")
-    scale = min_size / 800
+    for value, known in ((image_set, ("train", "val")), (augment, AUGMENTS), (image_dtype, IMAGE_DTYPES)):
+        if value not in known:
+            raise ValueError(f"no transforms for {value!r}: choose one of {', '.join(known)}")
+    steps = [T.RandomResize([min_size], max_size)]
     if image_set == "train" and augment == "full":
-        scales = [round(side * scale) for side in TRAIN_SCALES]
-        steps = [
-            T.RandomHorizontalFlip(),
-            T.RandomSelect(
-                T.RandomResize(scales, max_size),
-                T.Compose(
-                    [
-                        T.RandomResize([round(side * scale) for side in CROP_SOURCES]),
-                        T.RandomSizeCrop(*(round(side * scale) for side in CROP_SIDES)),
-                        T.RandomResize(scales, max_size),
-                    ]
-                ),
-            ),
-        ]
-    else:
-        flip = [T.RandomHorizontalFlip()] if image_set == "train" and augment == "flip" else []
-        steps = [*flip, T.RandomResize([min_size], max_size)]
-    return T.Compose([*steps, T.PILToTensor(), T.RelativeBoxes()])
+        steps = [T.RandomHorizontalFlip(), _random_sizes(min_size / 800, max_size)]
+    elif image_set == "train" and augment == "flip":
+        steps = [T.RandomHorizontalFlip(), *steps]
+    last = [T.RelativeBoxes()] if image_dtype == "uint8" else [T.ToTensor(), T.Normalize(MEAN, STD)]
+    return T.Compose([T.PILToTensor(), *steps, *last])
 
 
-def build(
-    image_set: str,
-    coco_path: str | Path | None = None,
-    images: str | Path | None = None,
-    annotations: str | Path | None = None,
-    transforms: T.Compose | None = None,
-    **options,
-) -> CocoDetection:
+def _random_sizes(scale: float, max_size: int) -> T.RandomSelect:
+    """Build the paper's random resize, half of the time of a random crop; `scale` multiplies the published sizes."""
+    resize = T.RandomResize([round(side * scale) for side in TRAIN_SCALES], max_size)
+    crop = [
+        T.RandomResize([round(side * scale) for side in CROP_SOURCES]),
+        T.RandomSizeCrop(*(round(side * scale) for side in CROP_SIDES)),
+    ]
+    return T.RandomSelect(resize, T.Compose([*crop, resize]))
+
+
+def dataset_options(image_set: str, args) -> dict:
+    """Return the arguments of CocoDetection that flags set; `args` has all of NEW_FLAGS."""
+    return {
+        "transforms": make_coco_transforms(image_set, args.min_size, args.max_size, args.augment, args.image_dtype),
+        "return_masks": args.masks,
+        "num_classes": args.num_classes,
+        "seed": args.seed,
+        "as_tensor": True,
+    }
+
+
+def build(image_set: str, args) -> CocoDetection:
     """Build the `train` or `val` part of a dataset in COCO's layout, or of an image folder and annotation file.
 
-    COCO's layout is `{image_set}2017/` and `annotations/instances_{image_set}2017.json` under `coco_path`; `images` and
-    `annotations` override either. `transforms` are by default the published ones, and `options` CocoDetection's.
+    COCO's layout is `{image_set}2017/` and `annotations/instances_{image_set}2017.json` under `--coco_path`;
+    `--{image_set}_images` and `--{image_set}_annotations` override either.
     """
+    args = with_defaults(args, NEW_FLAGS)
+    images = getattr(args, f"{image_set}_images", None)
+    annotations = getattr(args, f"{image_set}_annotations", None)
     if not (images and annotations):
-        if coco_path is None:
+        if args.coco_path is None:
             raise ValueError(
                 f"where is the data? Give --coco_path, the folder that holds {image_set}2017/ and annotations/, "
                 f"or --{image_set}_images and --{image_set}_annotations"
             )
-        root = Path(coco_path)
+        root = Path(args.coco_path)
         if not root.is_dir():
             raise FileNotFoundError(f"--coco_path {root}: no such folder")
         images = images or root / f"{image_set}2017"
         annotations = annotations or root / "annotations" / f"instances_{image_set}2017.json"
-    return CocoDetection(images, annotations, transforms or make_coco_transforms(image_set), **options)
+    return CocoDetection(images, annotations, **dataset_options(image_set, args))

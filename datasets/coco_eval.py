@@ -1,63 +1,64 @@
-"""COCO's AP over many processes: each collects, the main one judges."""
+"""COCO's average precision, over several processes: each collects detections, the main one computes."""
 
 import contextlib
-import copy
-import gc
 import importlib.util
 import io
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 import torch
-from pycocotools import mask as mask_api
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from torch import Tensor
 
 from datasets.masks import encode_masks
-from util.box_ops import box_xyxy_to_cxcywh
-from util.dist import gather_to_main
+from util.dist import all_gather, gather_to_main
 from util.logger import logger
+
+BACKENDS = ("auto", "hotcoco", "pycocotools")
+LARGEST_EXACT = 2**53  # larger image ids are not exact as floats, which evaluation code uses
+LOG_NAMES = {"bbox": "coco_eval_bbox", "segm": "coco_eval_masks"}
+ENTRIES = {"bbox": "bbox", "segm": "segmentation", "keypoints": "keypoints"}  # names in COCO's result format
 
 
 class CocoEvaluator:
-    """Collects detections with `update`, then gives COCO's twelve numbers for each of `iou_types`.
+    """Collects detections with `update`, then gives COCO's twelve numbers for each of `iou_types` (bbox, segm).
 
-    `coco_gt` is a COCO, or anything with its `dataset`. An image counts once however often it was seen, and only seen
-    images count. `backend` is "pycocotools", "faster" (faster-coco-eval: the same numbers, sooner) or "auto": faster
-    where it is installed. After `summarize`, `coco_eval["bbox"].stats` holds the numbers; on processes other than the
-    main one `coco_eval` stays empty.
+    `coco_gt` is pycocotools' COCO or an index like it (see `ground_truth`); None on processes other than the main one.
+    An image counts once however often it was seen, and only seen images count. `backend` is "hotcoco", "pycocotools"
+    (the same numbers) or "auto": hotcoco where it is installed.
+
+    `coco_eval[iou_type].params` may be changed before `accumulate`; `.eval` holds the precision curves after it, and
+    `.stats` the numbers after `summarize`. On other processes `coco_eval` is empty.
     """
 
     def __init__(self, coco_gt, iou_types: Iterable[str], backend: str = "auto"):
-        self.coco_gt = coco_gt
-        self.iou_types = list(iou_types)
-        unknown = sorted(set(self.iou_types) - {"bbox", "segm"})
+        self.coco_gt, self.iou_types = coco_gt, list(iou_types)
+        unknown = sorted(set(self.iou_types) - LOG_NAMES.keys())
         if unknown:
             raise ValueError(f"no AP of {', '.join(unknown)} here: choose from bbox and segm")
-        self.backend = backend
-        self.coco_eval: dict[str, COCOeval] = {}
         self.results: dict[int, dict[str, np.ndarray]] = {}  # by image id
+        self.coco_eval: dict = {}
+        if coco_gt is not None:
+            self._backend = _pick_backend(backend)
+            truth = ground_truth(coco_gt)
+            self._numbers = _renumber(truth)  # of each image id: the id in `coco_eval`
+            self._category_ids = [category["id"] for category in truth["categories"]]
+            self._truth = self._backend.index(truth)
+            for iou_type in self.iou_types:
+                nothing = self._backend.detections(self._truth, np.zeros((0, 7)), [])
+                self.coco_eval[iou_type] = self._backend.evaluation(self._truth, nothing, iou_type)
 
-    def update(self, predictions: dict[int, dict[str, Tensor]]) -> None:
-        """Add results by image id, as the post-processors give them.
+    def update(self, predictions: dict[int, dict[str, Tensor]], batch=None) -> None:
+        """Add results by image id, as the post-processors give them (`batch` is not used).
 
-        That is `scores` [Q], `labels` [Q], `boxes` [Q, 4] (x0 y0 x1 y1 in pixels) and, for segm, `masks` [Q, 1, H, W],
-        binary or probabilities. An empty result is one without detections.
+        A result holds `scores` [Q], `labels` [Q], `boxes` [Q, 4] (x0 y0 x1 y1 in pixels) and, for segm, `masks`
+        [Q, 1, H, W], binary or probabilities. An empty result is one without detections.
         """
-        nothing = {"scores": torch.zeros(0), "labels": torch.zeros(0, dtype=torch.int64), "boxes": torch.zeros(0, 4)}
         for image_id, result in predictions.items():
-            result = result or nothing | {"masks": torch.zeros(0, 1, 1, 1)}
-            boxes = result["boxes"].detach().float().cpu()
-            boxes = box_xyxy_to_cxcywh(boxes)
-            boxes[:, :2] -= boxes[:, 2:] / 2
-            scores, labels = result["scores"].detach().float().cpu(), result["labels"].cpu()
-            kept = {"bbox": boxes.numpy(), "scores": scores.numpy(), "labels": labels.numpy()}
-            if "segm" in self.iou_types:
-                kept["segm"] = np.array(encode_masks(result["masks"][:, 0] > 0.5), dtype=object)
-            self.results[int(image_id)] = kept
+            self.results[int(image_id)] = _as_arrays(result, "segm" in self.iou_types)
 
     def synchronize_between_processes(self) -> None:
         """Bring every process's results to the main one, in the order of the image ids."""
@@ -66,86 +67,207 @@ class CocoEvaluator:
         self.results = dict(sorted(merged.items()))
 
     def accumulate(self) -> None:
-        """Match detections with objects and build the precision curves."""
-        if not self.results:
+        """Match detections with objects and compute the precision curves, on the main process.
+
+        Raises ValueError for results of images that the ground truth does not have.
+        """
+        if not self.results or not self.coco_eval:
             return
-        coco_class, eval_class = self._backend()
-        with contextlib.redirect_stdout(io.StringIO()), _no_collection():
-            truth = _coco(coco_class, self.coco_gt.dataset)
-            for iou_type in self.iou_types:
-                found = {**self.coco_gt.dataset, "annotations": self._annotations(iou_type)}
-                evaluation = eval_class(truth, _coco(coco_class, found), iou_type)
-                evaluation.print_function = print  # faster-coco-eval would log the table; pycocotools prints it
-                evaluation.params.imgIds = list(self.results)
+        strange = sorted(self.results.keys() - self._numbers.keys())
+        if strange:
+            raise ValueError(f"detections of images that the ground truth (base_ds) lacks: ids {strange[:5]}")
+        for iou_type in self.iou_types:
+            found = self._backend.detections(self._truth, *self._rows(iou_type))
+            evaluation = self._backend.evaluation(self._truth, found, iou_type)
+            evaluation.params = self.coco_eval[iou_type].params
+            evaluation.params.imgIds = [self._numbers[image_id] for image_id in self.results]
+            with contextlib.redirect_stdout(io.StringIO()):
                 evaluation.evaluate()
                 evaluation.accumulate()
-                self.coco_eval[iou_type] = evaluation
+            self.coco_eval[iou_type] = evaluation
 
-    def summarize(self) -> None:
-        """Print the twelve numbers, on the main process."""
+    def summarize(self) -> dict[str, list[float]]:
+        """Print the twelve numbers of each kind, and return them by their names in the log (main process only)."""
+        stats = {}
         for iou_type, evaluation in self.coco_eval.items():
+            if not self.results:
+                continue
             with contextlib.redirect_stdout(io.StringIO()) as table:
                 evaluation.summarize()
-            twelve = table.getvalue().splitlines()[:12]  # faster-coco-eval adds two of its own
-            logger.info("\n".join([f"IoU metric: {iou_type}", *twelve]))
+            logger.info(f"IoU metric: {iou_type}\n{table.getvalue().rstrip()}")
+            stats[LOG_NAMES[iou_type]] = [float(number) for number in evaluation.stats[:12]]
+            if evaluation.stats[0] == -1:
+                logger.warning(
+                    f"AP ({iou_type}) is -1: the {len(self.results)} evaluated images have no annotated object of "
+                    "the evaluated categories (crowds do not count)"
+                )
+        return stats
 
     def predictions(self, iou_type: str = "bbox") -> list[dict]:
         """Return the detections in COCO's result format: boxes as (x, y, width, height), masks as run-length codes."""
-        entry = {"segm": "segmentation"}.get(iou_type, iou_type)
-        return [
-            {"image_id": image_id, "category_id": label, entry: value, "score": score}
-            for image_id, result in self.results.items()
-            for label, value, score in zip(
-                result["labels"].tolist(), result[iou_type].tolist(), result["scores"].tolist(), strict=True
-            )
-        ]
+        return _records(self.results, iou_type)
 
     def save_predictions(self, folder: str | Path) -> None:
-        """Write `predictions_bbox.json` (and `_segm`), COCO's result format, for any other tool to judge or draw."""
+        """Write `predictions_bbox.json` (and `_segm`) in COCO's result format, for other tools."""
         for iou_type in self.iou_types:
             (Path(folder) / f"predictions_{iou_type}.json").write_text(json.dumps(self.predictions(iou_type)))
 
-    def _annotations(self, iou_type: str) -> list[dict]:
-        found = self.predictions(iou_type)
-        if iou_type == "segm":
-            areas = [float(mask_api.area(record["segmentation"])) for record in found]  # one by one: 256 are too many
-        else:
-            areas = [record["bbox"][2] * record["bbox"][3] for record in found]
-        for i, (record, area) in enumerate(zip(found, areas, strict=True), start=1):
-            record.update(id=i, iscrowd=0, area=area)
+    def prepare(self, predictions: dict[int, dict[str, Tensor]], iou_type: str) -> list[dict]:
+        """Convert results, as `update` takes them, to COCO's result format."""
+        results = {int(i): _as_arrays(r, iou_type == "segm", iou_type == "keypoints") for i, r in predictions.items()}
+        return _records(results, iou_type)
+
+    def prepare_for_coco_detection(self, predictions: dict[int, dict[str, Tensor]]) -> list[dict]:
+        """Convert boxes to COCO's result format."""
+        return self.prepare(predictions, "bbox")
+
+    def prepare_for_coco_segmentation(self, predictions: dict[int, dict[str, Tensor]]) -> list[dict]:
+        """Convert masks to COCO's result format."""
+        return self.prepare(predictions, "segm")
+
+    def prepare_for_coco_keypoint(self, predictions: dict[int, dict[str, Tensor]]) -> list[dict]:
+        """Convert `keypoints` [Q, K, 3] to COCO's result format."""
+        return self.prepare(predictions, "keypoints")
+
+    def _rows(self, iou_type: str) -> tuple[np.ndarray, list[dict]]:
+        """Return detections as rows (image id, x, y, w, h, score, category id), and masks as run-length codes.
+
+        Categories that are not evaluated are left out: they cannot match, and would only cause warnings.
+        """
+        rows, codes = [np.zeros((0, 7))], []
+        for image_id, result in self.results.items():
+            known = np.isin(result["labels"], self._category_ids)
+            columns = (np.full(len(known), self._numbers[image_id]), result["bbox"], result["scores"], result["labels"])
+            rows.append(np.column_stack(columns).astype(np.float64)[known])
+            if iou_type == "segm":
+                codes += result["segm"][known].tolist()
+        return np.concatenate(rows), codes
+
+
+def ground_truth(coco_gt) -> dict:
+    """Return images, categories and annotations of an index in COCO's format.
+
+    The index's own methods decide what they are; one without methods has at least `imgs`, `cats` and `anns`.
+    """
+    if hasattr(coco_gt, "getAnnIds"):
+        image_ids, category_ids = list(coco_gt.getImgIds()), list(coco_gt.getCatIds())
+        annotations = coco_gt.loadAnns(coco_gt.getAnnIds(imgIds=image_ids, catIds=category_ids))
+    else:
+        image_ids, category_ids, annotations = list(coco_gt.imgs), list(coco_gt.cats), list(coco_gt.anns.values())
+    sizes = [{name: side for name, side in coco_gt.imgs[i].items() if name in ("height", "width")} for i in image_ids]
+    names = {i: str(coco_gt.cats[i].get("name", i)) if i in coco_gt.cats else str(i) for i in category_ids}
+    return {
+        "images": [{"id": i, **size} for i, size in zip(image_ids, sizes, strict=True)],
+        "categories": [{"id": i, "name": name} for i, name in names.items()],
+        "annotations": [dict(record) for record in annotations],  # pycocotools writes into them
+    }
+
+
+def _renumber(truth: dict) -> dict[int, int]:
+    """Replace image ids too large for evaluation code by small ones; return the id in use by the original id."""
+    image_ids = [image["id"] for image in truth["images"]]
+    if max(image_ids, default=0) < LARGEST_EXACT:
+        return {image_id: image_id for image_id in image_ids}
+    numbers = {image_id: n for n, image_id in enumerate(sorted(image_ids), start=1)}
+    for image in truth["images"]:
+        image["id"] = numbers[image["id"]]
+    for record in truth["annotations"]:
+        record["image_id"] = numbers[record["image_id"]]
+    return numbers
+
+
+class _Hotcoco:
+    """Evaluation by hotcoco, which takes detections as one array."""
+
+    def index(self, content: dict):
+        import hotcoco
+
+        return hotcoco.COCO(content)
+
+    def detections(self, truth, rows: np.ndarray, codes: list[dict]):
+        found = truth.load_res(rows, segmentation=codes or None)
+        if codes:  # otherwise the areas would be those of the boxes
+            import hotcoco
+
+            found.update_anns(ids=np.arange(1, len(codes) + 1), area=hotcoco.mask.area(codes))
         return found
 
-    def _backend(self) -> tuple[type, type]:
-        installed = importlib.util.find_spec("faster_coco_eval") is not None
-        if self.backend == "pycocotools" or (self.backend == "auto" and not installed):
-            return COCO, COCOeval
-        from faster_coco_eval import COCO as FasterCOCO
-        from faster_coco_eval import COCOeval_faster
+    def evaluation(self, truth, found, iou_type: str):
+        import hotcoco
 
-        return FasterCOCO, COCOeval_faster
+        return hotcoco.COCOeval(truth, found, iou_type)
 
 
-@contextlib.contextmanager
-def _no_collection() -> Iterator[None]:
-    """Keep Python's collector from searching half a million small dicts, none of them garbage, again and again."""
-    collecting = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if collecting:
-            gc.enable()
+class _Pycocotools:
+    """Evaluation by COCO's own code."""
+
+    def index(self, content: dict) -> COCO:
+        coco = COCO()
+        coco.dataset = content
+        with contextlib.redirect_stdout(io.StringIO()):
+            coco.createIndex()
+        return coco
+
+    def detections(self, truth: COCO, rows: np.ndarray, codes: list[dict]) -> COCO:
+        if not len(rows):
+            return self.index({**truth.dataset, "annotations": []})
+        records = rows
+        if codes:
+            fields = zip(rows[:, 0].tolist(), rows[:, 5].tolist(), rows[:, 6].tolist(), codes, strict=True)
+            records = [
+                {"image_id": int(i), "category_id": int(label), "score": score, "segmentation": code}
+                for i, score, label, code in fields
+            ]
+        with contextlib.redirect_stdout(io.StringIO()):
+            return truth.loadRes(records)
+
+    def evaluation(self, truth: COCO, found: COCO, iou_type: str) -> COCOeval:
+        return COCOeval(truth, found, iou_type)
 
 
-def _coco(coco_class: type, dataset: dict):
-    coco = coco_class()
-    coco.dataset = copy.copy(dataset)
-    coco.createIndex()
-    return coco
+def _pick_backend(name: str) -> _Hotcoco | _Pycocotools:
+    name = "auto" if name == "faster" else name  # the name that older command lines used
+    if name not in BACKENDS:
+        raise ValueError(f"no evaluation code {name!r}: choose {', '.join(BACKENDS)}")
+    installed = importlib.util.find_spec("hotcoco") is not None
+    return _Hotcoco() if name == "hotcoco" or (name == "auto" and installed) else _Pycocotools()
 
 
-def curves(evaluation: COCOeval) -> dict:
-    """Return what the precision curves are drawn from, as tensors and numbers that load with `weights_only=True`."""
+def _as_arrays(result: dict[str, Tensor], masks: bool, keypoints: bool = False) -> dict[str, np.ndarray]:
+    """Convert the result of one image to arrays by COCO's names."""
+    if not result:
+        result = {"scores": torch.zeros(0), "labels": torch.zeros(0, dtype=torch.int64), "boxes": torch.zeros(0, 4)}
+        result |= {"masks": torch.zeros(0, 1, 1, 1), "keypoints": torch.zeros(0, 1, 3)}
+    arrays = {
+        "bbox": convert_to_xywh(result["boxes"].detach().float().cpu()).numpy(),
+        "scores": result["scores"].detach().float().cpu().numpy(),
+        "labels": result["labels"].cpu().numpy(),
+    }
+    if masks:
+        arrays["segm"] = np.array(encode_masks(result["masks"][:, 0] > 0.5), dtype=object)
+    if keypoints:
+        arrays["keypoints"] = result["keypoints"].detach().float().cpu().flatten(1).numpy()
+    return arrays
+
+
+def _records(results: dict[int, dict[str, np.ndarray]], iou_type: str) -> list[dict]:
+    """Return detections in COCO's result format."""
+    return [
+        {"image_id": image_id, "category_id": label, ENTRIES[iou_type]: value, "score": score}
+        for image_id, result in results.items()
+        for label, value, score in zip(
+            result["labels"].tolist(), result[iou_type].tolist(), result["scores"].tolist(), strict=True
+        )
+    ]
+
+
+def convert_to_xywh(boxes: Tensor) -> Tensor:
+    """Convert boxes [N, 4] from corners to (x, y, width, height)."""
+    return torch.cat([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], dim=1)
+
+
+def curves(evaluation) -> dict:
+    """Return what precision curves are drawn from, as tensors and numbers that load with `weights_only=True`."""
     result, params = evaluation.eval, evaluation.params
     return {
         **{name: torch.as_tensor(np.asarray(result[name])) for name in ("precision", "recall", "scores")},
@@ -155,3 +277,29 @@ def curves(evaluation: COCOeval) -> dict:
         "area_labels": list(params.areaRngLbl),
         "max_detections": [int(n) for n in params.maxDets],
     }
+
+
+# Functions of DETR's own evaluator, for code that imports them. They work on pycocotools' COCOeval.
+
+
+def evaluate(self: COCOeval) -> tuple[list[int], np.ndarray]:
+    """Match detections with objects; return the image ids and the matches [categories, areas, images]."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        self.evaluate()
+    image_ids = self.params.imgIds
+    return image_ids, np.asarray(self.evalImgs).reshape(-1, len(self.params.areaRng), len(image_ids))
+
+
+def merge(img_ids: Iterable[int], eval_imgs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Join the results of `evaluate` from all processes; an image counts once."""
+    ids = np.concatenate([np.asarray(part) for part in all_gather(list(img_ids))])
+    matches = np.concatenate(all_gather(eval_imgs), axis=2)
+    ids, first = np.unique(ids, return_index=True)
+    return ids, matches[..., first]
+
+
+def create_common_coco_eval(coco_eval: COCOeval, img_ids: Iterable[int], eval_imgs: np.ndarray) -> None:
+    """Give a COCOeval the matches of all processes, ready for its `accumulate`."""
+    ids, matches = merge(img_ids, eval_imgs)
+    coco_eval.evalImgs, coco_eval.params.imgIds = list(matches.ravel()), list(ids)
+    coco_eval._paramsEval = coco_eval.params

@@ -5,28 +5,39 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
-from datasets import transforms as T
-from datasets.coco import NOT_COUNTED, CocoDetection, index_coco, load_coco_api, make_coco_transforms
-from datasets.coco_index import check_against_folder, check_classes
+from datasets.coco import (
+    NEW_FLAGS,
+    CocoDetection,
+    dataset_options,
+    index_coco,
+    load_coco_api,
+    make_coco_transforms,
+    make_target,
+)
+from datasets.coco_index import check_against_folder, check_sizes, read_coco_index
+from datasets.json_file import report
 from datasets.masks import check_segment_ids, encode_masks, read_segment_ids
 from datasets.panoptic_index import read_panoptic_index
 from util.box_ops import masks_to_boxes
+from util.flags import with_defaults
 from util.logger import logger
 
-COCO_CLASSES = 250  # what the published models have room for; the ids go to 200
+__all__ = ["CocoPanoptic", "build", "make_coco_transforms", "masks_to_boxes"]
+COCO_CLASSES = 250  # outputs of the published models; the largest category id of COCO panoptic is 200
 
 
 class CocoPanoptic(CocoDetection):
     """A folder of images, a folder of panoptic maps, and a COCO panoptic file.
 
     An item is CocoDetection's, whose objects are segments, stuff included. With `return_masks`, masks are read from the
-    map and boxes are those of the masks; without, the maps stay closed and boxes come from the file. Either way corners
-    are coordinates of outermost pixels, so that a segment one pixel thin has no area and is dropped, like crowds are.
-    AP (of the things) is judged by the objects of `instances_file`, or without one by the segments themselves.
+    map and boxes are those of the masks; without, maps are not read and boxes come from the file. Either way corners
+    are coordinates of outermost pixels, so a segment one pixel thin has no area and is dropped, as crowds are. AP (of
+    the things) is computed against the objects of `instances_file`, or without one against the segments themselves.
 
-    Files are checked here, once, except for what is in the maps: a map whose ids are not those of the file raises
+    The files are checked once, here, except for the maps' pixels: a map whose ids are not those of the file raises
     ValueError when it is read.
     """
 
@@ -38,18 +49,20 @@ class CocoPanoptic(CocoDetection):
         transforms=None,
         return_masks: bool = True,
         num_classes: int | None = None,
-        seed: int = 0,
         instances_file: str | Path | None = None,
+        **options,
     ):
-        self.img_folder, self.ann_folder, self.ann_file = Path(img_folder), Path(ann_folder), Path(ann_file)
-        self.instances_file = instances_file
-        self.index = read_panoptic_index(ann_file)
-        check_against_folder(self.index, img_folder)
-        check_against_folder(self.index, ann_folder, self.index.map_names, "panoptic maps")
-        self.num_classes = num_classes or self.index.num_classes
-        check_classes(self.index, self.num_classes)
-        self.transforms, self.return_masks, self.seed = transforms, return_masks, seed
-        self._epoch = torch.tensor(NOT_COUNTED).share_memory_()
+        self.ann_folder, self.instances_file = Path(ann_folder), instances_file
+        super().__init__(img_folder, ann_file, transforms, return_masks, num_classes, **options)
+
+    def _read_index(self):
+        index = read_panoptic_index(self.ann_file)
+        check_sizes(index)
+        check_against_folder(index, self.img_folder)
+        check_against_folder(index, self.ann_folder, index.map_names, "panoptic maps")
+        if self.instances_file:
+            _check_instances(self.instances_file, index)
+        return index
 
     @property
     def thing_classes(self) -> list[int]:
@@ -58,40 +71,38 @@ class CocoPanoptic(CocoDetection):
 
     @cached_property
     def coco(self):
-        """The things as pycocotools' COCO, which only the computing of AP needs."""
+        """The things as pycocotools' COCO, for the evaluation."""
         if self.instances_file:
             return load_coco_api(self.instances_file)
         return index_coco(self._instances())
 
-    def _target(self, i: int, height: int, width: int) -> dict:
-        where = self.index.annotations_of(i)
-        crowd = torch.from_numpy(self.index.iscrowd[where])
+    def get_height_and_width(self, idx: int) -> tuple[int, int]:
+        """Return (height, width) of an image, as listed in the annotation file."""
+        return tuple(self.index.sizes[self.index.row_of(self.ids[idx])].tolist())
+
+    def _with_target(self, image: Image.Image | Tensor, image_id: int) -> tuple[Image.Image | Tensor, dict]:
+        row = self.index.row_of(image_id)
+        where, (height, width) = self.index.annotations_of(row), self.index.sizes[row].tolist()
         if self.return_masks:
-            masks = self._masks(i, height, width)
-            boxes = masks_to_boxes(masks)
+            masks = self._masks(row)
+            columns = {"boxes": masks_to_boxes(masks), "masks": masks}
         else:
             boxes = torch.from_numpy(self.index.boxes[where].copy())
             boxes[:, 2:] += boxes[:, :2] - 1
-        keep = (crowd == 0) & (boxes[:, 2:] > boxes[:, :2]).all(1)
-        size = torch.tensor([height, width])
-        target = {
-            "boxes": boxes[keep],
-            "labels": torch.from_numpy(self.index.labels[where])[keep],
-            "image_id": torch.tensor([int(self.index.image_ids[i])]),
-            "area": torch.from_numpy(self.index.area[where])[keep],
-            "iscrowd": crowd[keep],
-            "orig_size": size,
-            "size": size.clone(),
-        }
-        return target | ({"masks": masks[keep]} if self.return_masks else {})
+            columns = {"boxes": boxes}
+        for name in ("labels", "area", "iscrowd"):
+            columns[name] = torch.from_numpy(getattr(self.index, name)[where])
+        single = columns["iscrowd"] == 0
+        columns = {name: column[single] for name, column in columns.items()}
+        return image, make_target(torch.tensor([image_id]), (height, width), columns)
 
-    def _masks(self, i: int, height: int, width: int) -> Tensor:
-        """Read the masks of all segments of image i from its map: bool [T, H, W]."""
-        path = self.ann_folder / str(self.index.map_names[i])
+    def _masks(self, row: int) -> Tensor:
+        """Read the masks of all segments of an image from its map: bool [T, H, W]."""
+        path, size = self.ann_folder / str(self.index.map_names[row]), tuple(self.index.sizes[row].tolist())
         painted = read_segment_ids(path)
-        if painted.shape != (height, width):
-            raise ValueError(f"{path}: a map of {painted.shape} (height, width) for an image of {(height, width)}")
-        listed = self.index.segment_ids[self.index.annotations_of(i)]
+        if painted.shape != size:
+            raise ValueError(f"{path}: a map of {painted.shape} (height, width) for an image of {size}")
+        listed = self.index.segment_ids[self.index.annotations_of(row)]
         masks = painted == listed[:, None, None]
         complete = masks.any((1, 2)).all() and masks.sum() == np.count_nonzero(painted)
         if not complete:
@@ -99,62 +110,67 @@ class CocoPanoptic(CocoDetection):
         return torch.from_numpy(masks)
 
     def _instances(self) -> dict:
-        """Make COCO's instances of the things: boxes from the file and, if there are to be masks, from the maps."""
+        """Make COCO's instances of the things: boxes from the file and, with `return_masks`, masks from the maps."""
         index = self.index
-        logger.info(f"no instances file beside {self.ann_file}: AP is judged by its segments that are things")
-        annotations = []
-        for i, (image_id, (height, width)) in enumerate(
-            zip(index.image_ids.tolist(), index.sizes.tolist(), strict=True)
-        ):
-            where = index.annotations_of(i)
-            codes = (
-                encode_masks(self._masks(i, height, width)) if self.return_masks else [[]] * (where.stop - where.start)
-            )
-            for k, code in zip(range(where.start, where.stop), codes, strict=True):
-                if int(index.labels[k]) in index.things:
-                    record = {"id": len(annotations) + 1, "image_id": image_id, "category_id": int(index.labels[k])}
-                    record |= {"bbox": index.boxes[k].tolist(), "area": float(index.area[k])}
-                    annotations.append(record | {"iscrowd": int(index.iscrowd[k]), "segmentation": code})
-        images = [
-            {"id": image_id, "file_name": str(name), "height": height, "width": width}
-            for image_id, name, (height, width) in zip(
-                index.image_ids.tolist(), index.file_names, index.sizes.tolist(), strict=True
-            )
-        ]
+        logger.info(f"no instances file beside {self.ann_file}: AP is computed against its segments that are things")
+        images, annotations = [], []
+        for row, image_id in enumerate(index.image_ids.tolist()):
+            height, width = index.sizes[row].tolist()
+            images.append({"id": image_id, "file_name": str(index.file_names[row]), "height": height, "width": width})
+            segments = index.annotations(row)
+            codes = encode_masks(self._masks(row)) if self.return_masks else [[] for _ in segments]
+            for segment, code in zip(segments, codes, strict=True):
+                if segment["category_id"] in index.things:
+                    ids = {"id": len(annotations) + 1, "image_id": image_id}
+                    annotations.append({**segment, **ids, "segmentation": code})
         categories = [{"id": c, "name": index.categories[c]} for c in index.things]
         return {"info": {}, "images": images, "annotations": annotations, "categories": categories}
 
 
-def build(
-    image_set: str,
-    coco_path: str | Path | None = None,
-    panoptic_path: str | Path | None = None,
-    images: str | Path | None = None,
-    instances: str | Path | None = None,
-    transforms: T.Compose | None = None,
-    **options,
-) -> CocoPanoptic:
+def _check_instances(path: str | Path, panoptic) -> None:
+    """Raise ValueError if an instances file is not of the images and things of a panoptic file."""
+    instances = read_coco_index(path)
+    beside = f"of {panoptic.path}, which the instances file lacks: their AP could not be computed"
+    report(path, [
+        (f"images {beside}", np.setdiff1d(panoptic.image_ids, instances.image_ids)),
+        (f"thing categories {beside}", sorted(set(panoptic.things) - set(instances.categories))),
+        (
+            f"categories that are other things in {panoptic.path}",
+            [
+                f"{i} ({name}, not {panoptic.categories[i]})"
+                for i, name in instances.categories.items()
+                if i in panoptic.categories and name != panoptic.categories[i]
+            ],
+        ),
+        ("no annotations at all", [] if len(instances.labels) else ["'annotations' is missing or empty"]),
+    ])  # fmt: skip
+
+
+def build(image_set: str, args) -> CocoPanoptic:
     """Build the `train` or `val` part of a dataset in the layout of COCO panoptic.
 
-    Under `panoptic_path` (default: `coco_path`) are `panoptic_{image_set}2017/`, the maps, and
-    `annotations/panoptic_{image_set}2017.json`; under `coco_path` are the images, `{image_set}2017/`, and maybe
-    `annotations/instances_{image_set}2017.json`, whose objects AP is judged by. `images` and `instances` override
-    these two. `transforms` are by default the published ones, and `options` CocoPanoptic's; `num_classes` defaults to
-    250.
+    Under `--coco_panoptic_path` (default: `--coco_path`) are `panoptic_{image_set}2017/`, the maps, and
+    `annotations/panoptic_{image_set}2017.json`; under `--coco_path` are the images, `{image_set}2017/`, and optionally
+    `annotations/instances_{image_set}2017.json`, the objects for AP. `--{image_set}_images` and
+    `--{image_set}_annotations` override these two. `num_classes` defaults to 250.
     """
-    if coco_path is None:
+    args = with_defaults(args, {**NEW_FLAGS, "coco_panoptic_path": None})
+    return build_panoptic(image_set, args, args.num_classes or COCO_CLASSES)
+
+
+def build_panoptic(image_set: str, args, num_classes: int | None) -> CocoPanoptic:
+    """Do what `build` does, with another default for the number of classes; `args` has every flag."""
+    if args.coco_path is None:
         raise ValueError(f"where is the data? Give --coco_path, the folder that holds {image_set}2017/")
-    root, maps = Path(coco_path), Path(panoptic_path or coco_path)
+    root, maps = Path(args.coco_path), Path(args.coco_panoptic_path or args.coco_path)
     for flag, folder in (("--coco_path", root), ("--coco_panoptic_path", maps)):
         if not folder.is_dir():
             raise FileNotFoundError(f"{flag} {folder}: no such folder")
     usual = root / "annotations" / f"instances_{image_set}2017.json"
-    options["num_classes"] = options.get("num_classes") or COCO_CLASSES
     return CocoPanoptic(
-        images or root / f"{image_set}2017",
+        getattr(args, f"{image_set}_images", None) or root / f"{image_set}2017",
         maps / f"panoptic_{image_set}2017",
         maps / "annotations" / f"panoptic_{image_set}2017.json",
-        transforms or make_coco_transforms(image_set),
-        instances_file=instances or (usual if usual.is_file() else None),
-        **options,
+        instances_file=getattr(args, f"{image_set}_annotations", None) or (usual if usual.is_file() else None),
+        **{**dataset_options(image_set, args), "num_classes": num_classes},
     )

@@ -1,4 +1,4 @@
-"""A picture file becomes RGB bytes [3, H, W], whatever its kind."""
+"""Image files of all kinds, decoded to 8-bit RGB."""
 
 from pathlib import Path
 
@@ -12,13 +12,23 @@ try:
 except ImportError:
     simplejpeg = None
 
+DEEP_MODES = ("I;16", "I;16B", "I;16L", "I;16N")  # 16-bit grey: divided by 257, so that 65535 becomes 255
+REFUSED_MODES = ("I", "F")  # 32-bit: no range is given by the type
+
 
 def read_image(path: str | Path) -> Tensor:
     """Read an image file as uint8 RGB [3, H, W], as its pixels are stored: EXIF rotation is not applied.
 
-    (COCO's boxes refer to the stored pixels.) Grey, palette, CMYK and 16-bit files are converted, transparency is
-    dropped. Raises FileNotFoundError, or ValueError naming a file that cannot be decoded.
+    (COCO's boxes refer to the stored pixels.) Grey, palette and CMYK files are converted, transparency is dropped, and
+    16-bit grey is divided by 257. Raises FileNotFoundError, or ValueError naming a file that cannot be decoded, has
+    more pixels than PIL allows (twice `PIL.Image.MAX_IMAGE_PIXELS`), or has 32-bit pixels.
     """
+    # Channels stay innermost in memory: resizing is faster with them there.
+    return torch.from_numpy(read_pixels(path)).permute(2, 0, 1)
+
+
+def read_pixels(path: str | Path) -> np.ndarray:
+    """Read an image file as uint8 RGB [H, W, 3]; see `read_image`."""
     try:
         pixels = _decode_jpeg(Path(path).read_bytes())
         if pixels is None:
@@ -29,25 +39,28 @@ def read_image(path: str | Path) -> Tensor:
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         why = f"not a readable image ({error}); replace the file or remove it from the annotations"
         raise ValueError(f"{path}: {why}") from error
-    return torch.from_numpy(pixels).permute(2, 0, 1)  # channels stay innermost in memory: resizing is faster so
+    return pixels
 
 
 def _decode_jpeg(data: bytes) -> np.ndarray | None:
-    """Decode an ordinary JPEG to PIL's pixels [H, W, 3] in two thirds of PIL's time; None for anything else."""
+    """Decode an ordinary JPEG to PIL's pixels [H, W, 3] in two thirds of PIL's time; None for other files."""
     if simplejpeg is None or not data.startswith(b"\xff\xd8"):
         return None
     try:
-        ordinary = simplejpeg.decode_jpeg_header(data)[2] in ("YCbCr", "Gray")
-        return simplejpeg.decode_jpeg(data, "RGB") if ordinary else None
-    except ValueError:  # damaged: PIL knows which damage can be read over, and says what the rest is
+        height, width, colours = simplejpeg.decode_jpeg_header(data)[:3]
+        limit = Image.MAX_IMAGE_PIXELS
+        if colours not in ("YCbCr", "Gray") or (limit and height * width > limit):
+            return None
+        return simplejpeg.decode_jpeg(data, "RGB")
+    except ValueError:  # damaged: PIL can read past some kinds of damage, and describes the others
         return None
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Convert to 8-bit RGB; 16-bit grey is scaled down, where PIL would clip it."""
-    if image.mode.startswith("I"):
-        values = np.asarray(image).astype(np.int64)
-        if values.max(initial=0) > 255:
-            values = values // 257
-        image = Image.fromarray(values.clip(0, 255).astype(np.uint8))
+    """Convert to 8-bit RGB by a rule that depends on the image's mode only; ValueError for modes that have none."""
+    # PIL before version 11 gives 16-bit PNG files the mode of 32-bit ones.
+    if image.mode in DEEP_MODES or (image.mode == "I" and image.format == "PNG"):
+        return Image.fromarray((np.asarray(image).astype(np.int64) // 257).astype(np.uint8)).convert("RGB")
+    if image.mode in REFUSED_MODES:
+        raise ValueError(f"pixels of mode {image.mode}, 32 bits, have no fixed range: convert the file to 8 or 16 bits")
     return image.convert("RGB")

@@ -1,5 +1,6 @@
-"""Masks in COCO's spellings, polygons, run-length codes and maps of segment ids, become pixels."""
+"""Masks: COCO's polygons, run-length codes and panoptic maps, to pixels and back."""
 
+import math
 from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import BinaryIO
@@ -10,6 +11,8 @@ from PIL import Image
 from pycocotools import mask as mask_api
 from torch import Tensor
 
+LARGEST_COORDINATE = 100_000  # pixels; pycocotools' C code ends the process on much larger ones
+
 
 def decode_mask(segmentation: list | dict, height: int, width: int) -> np.ndarray:
     """Return a segmentation as bool [H, W].
@@ -17,52 +20,109 @@ def decode_mask(segmentation: list | dict, height: int, width: int) -> np.ndarra
     It is a list of polygons [x0, y0, x1, y1, ...], whose union counts, or a run-length code: a dict of `size` (height,
     width) and `counts`, a list of numbers or COCO's compressed text. Raises ValueError for anything else.
     """
-    if isinstance(segmentation, dict) and {"size", "counts"} <= segmentation.keys():
-        return _decode_runs(segmentation, height, width)
-    polygons = segmentation if isinstance(segmentation, list) else []
-    if not polygons or not all(isinstance(p, list) and len(p) >= 6 and len(p) % 2 == 0 for p in polygons):
+    if isinstance(segmentation, list):
+        polygons = usable_polygons(segmentation)
+        return mask_api.decode(mask_api.merge(mask_api.frPyObjects(polygons, height, width))).astype(bool)
+    runs = check_run_lengths(segmentation, height, width)
+    values = np.arange(len(runs)) % 2 == 1  # runs alternate between 0 and 1 and go down the columns
+    return np.repeat(values, runs).reshape(width, height).T
+
+
+def usable_polygons(segmentation: list) -> list[list[float]]:
+    """Return the polygons with three points or more; like pycocotools, ignore smaller ones beside them.
+
+    Raises ValueError if there are none, or for coordinates that cannot be drawn.
+    """
+    polygons = []
+    for polygon in segmentation:
+        if not isinstance(polygon, list):
+            raise ValueError("not a list of polygons [[x0, y0, x1, y1, ...], ...]")
+        if len(polygon) % 2:
+            raise ValueError("a polygon with an odd number of coordinates")
+        if len(polygon) < 6:
+            continue
+        try:
+            total, largest = sum(polygon), max(max(polygon), -min(polygon))
+        except TypeError:
+            raise ValueError("a polygon coordinate that is not a number") from None
+        if not math.isfinite(total) or largest > LARGEST_COORDINATE:
+            raise ValueError(f"a polygon coordinate that is not finite or beyond {LARGEST_COORDINATE}")
+        polygons.append(polygon)
+    if not polygons:
         raise ValueError("neither polygons of at least three points nor a run-length code")
-    return mask_api.decode(mask_api.merge(mask_api.frPyObjects(polygons, height, width))).astype(bool)
+    return polygons
 
 
-def _decode_runs(code: dict, height: int, width: int) -> np.ndarray:
+def check_run_lengths(code: dict, height: int, width: int) -> np.ndarray:
+    """Return the run lengths of a code; ValueError if they are not those of an image of this size."""
+    if not isinstance(code, dict) or not {"size", "counts"} <= code.keys():
+        raise ValueError("neither polygons of at least three points nor a run-length code")
     if list(code["size"]) != [height, width]:
         raise ValueError(f"a run-length code of size {list(code['size'])} for an image of {[height, width]}")
     counts = code["counts"]
-    if isinstance(counts, list):
-        if sum(counts) != height * width:
-            raise ValueError(f"runs of {sum(counts)} pixels for an image of {height * width}")
-        code = mask_api.frPyObjects(code, height, width)
-    return mask_api.decode(code).astype(bool)
+    try:
+        runs = np.array(counts, dtype=np.int64) if isinstance(counts, list) else _uncompressed(counts)
+    except (TypeError, ValueError, OverflowError, IndexError):
+        raise ValueError("run lengths that are not whole numbers or not COCO's compressed text") from None
+    if (runs < 0).any() or runs.sum() != height * width:
+        raise ValueError(f"run lengths of {runs.sum()} pixels for an image of {height * width}")
+    return runs
+
+
+def _uncompressed(counts: str | bytes) -> np.ndarray:
+    """Decode COCO's compressed run lengths.
+
+    Each character holds five bits of a number, lowest first, and a flag that more follow. From the fourth on, numbers
+    are differences to the one before the previous one.
+    """
+    codes = np.frombuffer(counts.encode("ascii") if isinstance(counts, str) else counts, np.uint8).astype(np.int64) - 48
+    last = (codes & 32) == 0
+    if not len(codes) or not last[-1] or codes.min() < 0 or codes.max() > 63:
+        raise ValueError("not run-length text")
+    ends = np.flatnonzero(last)
+    starts = np.append(0, ends[:-1] + 1)
+    place = 5 * (np.arange(len(codes)) - np.repeat(starts, ends - starts + 1))
+    if place.max() > 30:
+        raise ValueError("a run length of more than 32 bits")
+    runs = np.add.reduceat((codes & 31) << place, starts)
+    runs -= ((codes[ends] & 16) != 0) * (1 << (place[ends] + 5))  # the highest bit is the sign
+    runs[1::2], runs[2::2] = np.cumsum(runs[1::2]), np.cumsum(runs[2::2])
+    return runs
 
 
 def decode_masks(segmentations: Iterable, height: int, width: int, where: str) -> Tensor:
-    """Decode the masks of one image: bool [T, H, W]. Raises ValueError that says where and which one is broken."""
+    """Decode the masks of one image: bool [T, H, W].
+
+    Raises ValueError for one that is broken; the text begins with `where` and names it.
+    """
     masks = [np.zeros((0, height, width), bool)]
     for k, segmentation in enumerate(segmentations):
         try:
             masks.append(decode_mask(segmentation, height, width)[None])
-        except (ValueError, TypeError, OverflowError) as error:
+        except ValueError as error:
             raise ValueError(
-                f"{where}: segmentation {k} ({str(segmentation)[:60]}) is not a mask: {error}; mend or remove it"
+                f"{where}: segmentation {k} ({str(segmentation)[:60]}) is not a mask: {error}; repair or remove it"
             ) from error
     return torch.from_numpy(np.concatenate(masks))
 
 
 def encode_masks(masks: Tensor) -> list[dict]:
-    """Turn 0/1 masks [N, H, W] into COCO's compressed run-length codes, ready for JSON."""
-    # pycocotools reads columns first, one mask after the other.
+    """Encode 0/1 masks [N, H, W] as COCO's compressed run-length codes, ready for JSON."""
+    # pycocotools wants column-major memory, one mask after the other.
     codes = mask_api.encode(np.asfortranarray(masks.cpu().byte().permute(1, 2, 0).numpy()))
     return [{"size": [int(side) for side in code["size"]], "counts": code["counts"].decode()} for code in codes]
 
 
 def read_segment_ids(file: str | Path | BinaryIO) -> np.ndarray:
-    """Read a panoptic map, a PNG whose colour is an id (R + 256 G + 256^2 B): int64 [H, W], 0 for no segment.
+    """Read a panoptic map: int64 [H, W], 0 for no segment.
 
-    Raises FileNotFoundError, or ValueError naming a file that cannot be decoded.
+    It is a PNG whose colour is an id (R + 256 G + 256^2 B); where there is one channel, its value is the id. Raises
+    FileNotFoundError, or ValueError naming a file that cannot be decoded.
     """
     try:
         with Image.open(file) as image:
+            if image.mode in ("L", "I", "I;16"):
+                return np.asarray(image).astype(np.int64)
             colours = np.asarray(image.convert("RGB"), dtype=np.int64)
     except FileNotFoundError:
         raise FileNotFoundError(f"{file}: no such panoptic map") from None
@@ -72,7 +132,7 @@ def read_segment_ids(file: str | Path | BinaryIO) -> np.ndarray:
 
 
 def check_segment_ids(where: str, painted: Collection[int], listed: Collection[int]) -> None:
-    """Raise ValueError if the ids in a panoptic map (0 aside) are not just those listed for it."""
+    """Raise ValueError if the ids in a panoptic map (without 0) are not exactly those listed for it."""
     absent, stray = sorted(set(listed) - set(painted)), sorted(set(painted) - set(listed) - {0})
     if absent or stray:
         raise ValueError(

@@ -17,6 +17,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from datasets import coco, coco_panoptic
+from util.flags import with_defaults
 from util.logger import logger
 
 THINGS = ("circle", "square", "triangle", "star", "ring", "cross", "hexagon", "bar")
@@ -29,30 +30,27 @@ EXTENT = (0.2, 0.8)  # diameter of an object, as a share of the image's shorter 
 LARGEST_HIDDEN = 0.4  # an object is placed only if every other one keeps at least 60 % of its pixels
 
 
-def build(
-    image_set: str,
-    root: str | Path | None,
-    counts: dict[str, int],
-    image_size: int = 192,
-    classes: int = 4,
-    scene_seed: int = 0,
-    panoptic: bool = False,
-    **options,
-) -> coco.CocoDetection:
-    """Build the `train` or `val` part, generating the files first where they are not there yet.
+# The flags of this dataset; a caller whose `args` lacks one gets its default.
+NEW_FLAGS = {"shapes_train": 4000, "shapes_val": 250, "shapes_size": 192, "shapes_classes": 4, "shapes_seed": 0}
 
-    `root` defaults to a folder under the user's cache, named after the numbers. `panoptic` adds the stuff to the
-    objects. `options` are those of `coco.build` or `coco_panoptic.build`.
+
+def build(image_set: str, args) -> coco.CocoDetection:
+    """Build the `train` or `val` part, and generate the files first if they do not exist.
+
+    They are written to `--coco_path`, by default a folder under the user's cache, named after the flags. Its
+    `--dataset_file` is "shapes" for objects only, or "shapes_panoptic" for stuff too.
     """
-    if root is None:
+    args = with_defaults(args, {**coco.NEW_FLAGS, **NEW_FLAGS, "dataset_file": "shapes", "coco_path": None})
+    counts = {"train": args.shapes_train, "val": args.shapes_val}
+    if args.coco_path is None:
         cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        total = "+".join(str(count) for count in counts.values())
-        root = cache / "detr" / f"shapes-{total}-{image_size}px-{classes}classes-seed{scene_seed}"
-    generate(root, counts, image_size, classes, scene_seed)
-    if panoptic:
-        options["num_classes"] = options.get("num_classes") or classes + len(STUFF) + 1
-        return coco_panoptic.build(image_set, root, **options)
-    return coco.build(image_set, root, **options)
+        name = f"{args.shapes_train}+{args.shapes_val}-{args.shapes_size}px-{args.shapes_classes}classes"
+        args.coco_path = cache / "detr" / f"shapes-{name}-seed{args.shapes_seed}"
+    args.coco_panoptic_path = None
+    generate(args.coco_path, counts, args.shapes_size, args.shapes_classes, args.shapes_seed)
+    if args.dataset_file == "shapes_panoptic":
+        return coco_panoptic.build_panoptic(image_set, args, args.num_classes)
+    return coco.build(image_set, args)
 
 
 def generate(root: str | Path, counts: dict[str, int], image_size: int = 192, classes: int = 4, seed: int = 0) -> None:

@@ -7,18 +7,26 @@ import random
 import numpy as np
 import pytest
 import torch
+import torchvision
 from PIL import Image
 from torch.utils.data import DataLoader, Subset
 
 import datasets.transforms as T
 from datasets import build_dataset, get_coco_api_from_dataset
-from datasets.coco import CocoDetection, make_coco_transforms
+from datasets.coco import (
+    CocoDetection,
+    ConvertCocoPolysToMask,
+    build,
+    convert_coco_poly_to_mask,
+    make_coco_transforms,
+)
 from datasets.coco_index import read_coco_index
 from tests.helpers import parse, write_coco
 from util.nested_tensor import collate_fn
 
 
 def plain(root, **options):
+    """The training part, without transforms unless given: items are PIL images."""
     return CocoDetection(root / "train2017", root / "annotations/instances_train2017.json", **options)
 
 
@@ -30,15 +38,56 @@ def change(root, edit):
     path.write_text(json.dumps(content))
 
 
-def test_an_item_is_an_image_and_its_objects(coco_root):
+def test_item_without_transforms_is_a_pil_image_and_its_objects(coco_root):
     dataset = plain(coco_root)
     assert dataset.ids == [11, 12, 13, 14] and dataset.num_classes == 4 and dataset.class_names == {1: "cat", 3: "dog"}
     image, target = dataset[0]
-    assert image.dtype == torch.uint8 and image.shape == (3, 48, 64)
+    assert isinstance(image, Image.Image) and image.size == (64, 48)
     assert target["boxes"].tolist() == [[4, 4, 24, 34], [30, 10, 55, 35]]
     assert target["labels"].tolist() == [1, 3] and target["area"].tolist() == [600, 625]
     assert target["image_id"].tolist() == [11] and target["iscrowd"].tolist() == [0, 0]
     assert target["orig_size"].tolist() == target["size"].tolist() == [48, 64]
+
+
+def test_item_as_tensor_holds_the_pixels_of_the_pil_image(coco_root):
+    image, target = plain(coco_root, as_tensor=True)[0]
+    assert image.dtype == torch.uint8 and target["orig_size"].tolist() == [48, 64]
+    assert np.array_equal(image.permute(1, 2, 0), np.asarray(plain(coco_root)[0][0]))
+
+
+def test_dataset_is_torchvisions_and_builds_its_index_late(coco_root):
+    dataset = plain(coco_root, return_masks=False)
+    assert isinstance(dataset, torchvision.datasets.CocoDetection) and dataset.root == coco_root / "train2017"
+    assert "coco" not in vars(dataset) and dataset._transforms is None
+    assert [a["id"] for a in dataset._load_target(11)] == [1, 2] and "coco" in vars(dataset)
+    assert dataset._load_image(12).size == (64, 48) and "datapoints: 4" in repr(dataset)
+
+
+def test_subclass_of_the_dataset_gets_pil_images_and_targets(coco_root):
+    class Fork(CocoDetection):
+        def __getitem__(self, idx):
+            image, target = super().__getitem__(idx)
+            return image.rotate(90), target | {"names": [a["category_id"] for a in self._load_target(self.ids[idx])]}
+
+    fork = Fork(coco_root / "train2017", coco_root / "annotations/instances_train2017.json", None, False)
+    fork.ids = fork.ids[1:]
+    image, target = fork[0]
+    assert len(fork) == 3 and target["names"] == [1, 1] and target["labels"].tolist() == [1] and image.size == (64, 48)
+
+
+def test_prepare_converts_pycocotools_records(coco_root):
+    dataset = plain(coco_root)
+    for idx, image_id in enumerate(dataset.ids):
+        image, target = dataset.prepare(
+            dataset._load_image(image_id), {"image_id": image_id, "annotations": dataset._load_target(image_id)}
+        )
+        assert all(torch.equal(target[name], value) for name, value in dataset[idx][1].items())
+    triangle = {"category_id": 1, "bbox": [0, 0, 8, 8], "segmentation": [[0, 0, 8, 0, 8, 8]]}
+    people = {"image_id": 5, "annotations": [triangle | {"iscrowd": 0, "keypoints": [1, 2, 2, 3, 4, 1]}]}
+    target = ConvertCocoPolysToMask(True)(image, people)[1]
+    assert target["masks"].shape == (1, 48, 64) and target["keypoints"].tolist() == [[[1, 2, 2], [3, 4, 1]]]
+    assert target["area"].tolist() == [64] and target["image_id"].tolist() == [5]
+    assert torch.equal(convert_coco_poly_to_mask([triangle["segmentation"]], 48, 64), target["masks"])
 
 
 def test_crowds_are_left_out_and_an_image_may_be_empty(coco_root):
@@ -99,9 +148,9 @@ def test_whole_numbers_may_be_written_as_fractions(coco_root):
     (lambda c: c["annotations"][0].update(category_id=1.5), "1 records that cannot be read.*1.5 is not a whole"),
     (lambda c: c["annotations"][0].update(iscrowd=300), "1 records that cannot be read.*300"),
     (lambda c: c["annotations"][0].update(bbox=list("1234")), "1 records that cannot be read"),
-    (lambda c: c["annotations"][0].pop("image_id"), "1 records without id, file_name or image_id: .*bbox"),
-    (lambda c: c["images"][0].pop("file_name"), "1 records without id, file_name or image_id"),
-    (lambda c: c["annotations"].append("text"), "1 records without id, file_name or image_id: 'text'"),
+    (lambda c: c["annotations"][0].pop("image_id"), "1 records that cannot be read: .*bbox.*'image_id'"),
+    (lambda c: c["images"][0].pop("file_name"), "1 records that cannot be read.*'file_name'"),
+    (lambda c: c["annotations"].append("text"), "1 records that cannot be read: 'text'"),
     (lambda c: c["categories"][0].update(id="1"), "1 categories without a whole number as id: .*cat"),
     (lambda c: c["images"][0].update(file_name="gone.jpg"), "1 images that are not in .*gone.jpg"),
     (lambda c: c["images"].append(c["images"][0]), "1 images with an id used before: 11"),
@@ -144,7 +193,7 @@ def test_a_path_that_leads_nowhere_is_named(coco_root, tmp_path):
         build_dataset("train", parse(f"--coco_path {tmp_path}/nowhere"))
     with pytest.raises(ValueError, match="--coco_path"):
         build_dataset("train", parse())
-    with pytest.raises(ValueError, match="coco, shapes"):
+    with pytest.raises(ValueError, match="one of coco, coco_panoptic, shapes"):
         build_dataset("train", parse("--dataset_file voc"))
     (coco_root / "train2017").rename(coco_root / "elsewhere")
     with pytest.raises(FileNotFoundError, match="train2017"):
@@ -185,11 +234,11 @@ def test_the_epoch_reaches_workers_that_are_running(coco_root):
 
 
 def test_training_sizes_scale_with_min_size():
-    described = [step.__dict__ for step in make_coco_transforms("train", 400, 666).transforms[:2]]
-    assert described[1]["transforms1"].sizes[0] == 240 and described[1]["transforms1"].sizes[-1] == 400
-    crop = described[1]["transforms2"].transforms
+    select = make_coco_transforms("train", 400, 666).transforms[2]
+    assert select.transforms1.sizes[0] == 240 and select.transforms1.sizes[-1] == 400
+    crop = select.transforms2.transforms
     assert crop[0].sizes == [200, 250, 300] and (crop[1].min_size, crop[1].max_size) == (192, 300)
-    published = make_coco_transforms("train").transforms[1].transforms1
+    published = make_coco_transforms("train").transforms[2].transforms1
     assert published.sizes == [480, 512, 544, 576, 608, 640, 672, 704, 736, 768, 800] and published.max_size == 1333
     with pytest.raises(ValueError, match="test"):
         make_coco_transforms("test")
@@ -205,6 +254,22 @@ def test_lighter_augmentation_keeps_the_size_of_the_evaluation():
     assert centres == {"flip": {0.25, 0.75}, "none": {0.25}}
     with pytest.raises(ValueError, match="crops"):
         make_coco_transforms("train", augment="crops")
+
+
+def test_images_are_normalised_floats_unless_image_dtype_is_uint8(coco_root):
+    args = parse(f"--coco_path {coco_root}")
+    items = {}
+    for dtype in ("float32", "uint8"):
+        args.image_dtype = dtype
+        items[dtype] = build_dataset("val", args)[0][0]
+    del args.image_dtype
+    assert items["uint8"].dtype == torch.uint8 and items["uint8"].shape == (3, 64, 85)
+    mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+    expected = (items["uint8"] / 255 - mean.view(3, 1, 1)) / std.view(3, 1, 1)
+    torch.testing.assert_close(items["float32"], expected)
+    for image in (build_dataset("val", args)[0][0], build("val", args)[0][0], make_coco_transforms("val")):
+        made = image(Image.new("RGB", (60, 40)), None)[0] if callable(image) else image
+        assert made.dtype == torch.float32
 
 
 def test_targets_of_the_pipeline_are_relative_and_inside(coco_root):
@@ -242,14 +307,16 @@ def test_segmentations_are_kept_only_when_asked(coco_root):
     assert [kept.segmentations[k] for k in range(5)] == copy.deepcopy(shapes)
 
 
-def test_masks_are_not_drawn_for_a_picture_of_another_size(coco_root):
+def test_item_of_another_size_than_listed_raises(coco_root):
     triangle = [[0, 0, 9, 0, 9, 9]]
     change(coco_root, lambda c: [a.update(segmentation=triangle) for a in c["annotations"]])
     assert plain(coco_root, return_masks=True)[0][1]["masks"].shape == (2, 48, 64)
     change(coco_root, lambda c: c["images"][0].update(height=64, width=48))
-    with pytest.raises(ValueError, match=r"image 11 is listed as \(64, 48\).*000011.jpg is \(48, 64\)"):
-        plain(coco_root, return_masks=True)[0]
+    for masks in (True, False):
+        with pytest.raises(ValueError, match=r"000011.jpg is \[48, 64\].*lists image 11 as \[64, 48\]"):
+            plain(coco_root, return_masks=masks)[0]
     change(coco_root, lambda c: c["images"][0].pop("height"))
+    assert len(plain(coco_root)[0][1]["labels"]) == 2
     with pytest.raises(ValueError, match="1 images without height and width: 11"):
         plain(coco_root, return_masks=True)
     with pytest.raises(ValueError, match="1 images without height and width: 11"):
@@ -276,7 +343,89 @@ def test_other_programs_args_may_be_a_dict_and_lack_what_is_ours(coco_root):
 
 
 def test_the_longest_side_is_limited_everywhere():
-    (_, select, *_), (resize, *_) = (make_coco_transforms(part).transforms for part in ("train", "val"))
+    (_, _, select, *_), (_, resize, *_) = (make_coco_transforms(part).transforms for part in ("train", "val"))
     whole, cropped = select.transforms1, select.transforms2.transforms[2]
     assert whole.max_size == cropped.max_size == resize.max_size == 1333
     assert select.p == 0.5 and whole.sizes == cropped.sizes == list(range(480, 801, 32)) and resize.sizes == [800]
+
+
+@pytest.mark.parametrize("edit, words", [
+    (lambda c: c["annotations"][0].update(area=-600), r"1 areas that are negative or not finite.*image 11 \(area -600"),
+    (lambda c: c["annotations"][0].update(area=float("nan")), r"1 areas that are .*area nan"),
+    (lambda c: c["annotations"][0].update(area=float("inf")), r"1 areas that are .*area inf"),
+    (lambda c: c["annotations"][0].update(iscrowd=2), "1 values of iscrowd other than 0 and 1: image 11"),
+    (lambda c: c["categories"].append({"id": 3, "name": "cow"}), "1 category ids listed more than once: 3"),
+    (lambda c: c["categories"].append({"id": 74_673_216}), "1 category ids above 99999 .renumber.*: 74673216"),
+    (lambda c: c["images"][0].update(height=2**40), "1 records that cannot be read"),
+])  # fmt: skip
+def test_numbers_that_would_give_wrong_results_are_refused(coco_root, edit, words):
+    change(coco_root, edit)
+    with pytest.raises(ValueError, match=f"(?s)instances_train2017.json.*{words}"):
+        plain(coco_root)
+
+
+def test_index_reads_only_the_top_level_lists(coco_root):
+    record = {"id": 99, "image_id": 11, "category_id": 1, "bbox": [0, 0, 9, 9]}
+    nested = {"image": {"id": 1, "file_name": "a.jpg"}, "attributes": {"image_id": "x"}, "history": [record]}
+
+    def edit(content):
+        content["annotations"][0].update(nested)
+        content["images"][0]["image_id"] = 11
+        content["rejected_annotations"], content["videos"] = [record], [{"id": 7, "file_name": "b.jpg"}]
+        content["scene_annotations"] = [{"image_id": 11, "background_ids": [2]}]
+
+    change(coco_root, edit)
+    index = read_coco_index(coco_root / "annotations/instances_train2017.json")
+    assert len(index.image_ids) == 4 and len(index.labels) == 5
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-32"])
+def test_index_in_other_encodings_is_read(coco_root, encoding):
+    path = coco_root / "annotations/instances_train2017.json"
+    path.write_text(
+        json.dumps(json.loads(path.read_text()) | {"author": "Łukasz"}, ensure_ascii=False, indent=1), encoding
+    )
+    assert len(read_coco_index(path).image_ids) == 4
+
+
+@pytest.mark.parametrize(
+    "text", ['{"images": [{"id": 1} {"id": 2}]}', '{"images": [', '{"images" []}', '{"a": 1', "{1: 2}", ""]
+)
+def test_index_of_broken_json_is_named(tmp_path, text):
+    (tmp_path / "a.json").write_text(text)
+    with pytest.raises(ValueError, match="a.json: not a "):
+        read_coco_index(tmp_path / "a.json")
+
+
+def test_dataset_without_annotations_can_be_read_with_a_warning(coco_root, capsys):
+    change(coco_root, lambda c: c.pop("annotations"))
+    assert all(len(plain(coco_root)[i][1]["labels"]) == 0 for i in range(4))
+    assert "there is nothing to train on" in capsys.readouterr().out
+    assert plain(coco_root).coco.getAnnIds() == []
+
+
+TRIANGLE = [[0, 0, 9, 0, 9, 9]]
+
+
+@pytest.mark.parametrize("segmentation, words", [
+    ([[10, 20, 50, 70]], "neither polygons of at least three points"), (TRIANGLE[0], "not a list of polygons"),
+    ([[*TRIANGLE[0], 3]], "odd number"), ([[0, None, 9, 0, 9, 9]], "not a number"),
+    ([[0, float("nan"), 9, 0, 9, 9]], "not finite"), ([[0, 1e9, 9, 0, 9, 9]], "beyond 100000"),
+    ([[0, 1e400, 9, 0, 9, 9]], "not finite"), ([[{"x": 1, "y": 2}] * 6], "not a number"),
+    ({"size": [64, 48], "counts": [0, 3072]}, r"size \[64, 48\] for an image of \[48, 64\]"),
+    ({"size": [48, 64], "counts": [0, 99]}, "99 pixels for an image of 3072"),
+    ({"size": [48, 64], "counts": "abc"}, "compressed text"),
+    ({"counts": [0, 3072]}, "nor a run-length code"), ("text", "nor a run-length code"),
+])  # fmt: skip
+def test_segmentations_that_cannot_be_drawn_are_refused_when_masks_are_used(coco_root, segmentation, words):
+    change(coco_root, lambda c: [a.update(segmentation=TRIANGLE) for a in c["annotations"]])
+    change(coco_root, lambda c: c["annotations"][0].update(segmentation=segmentation))
+    with pytest.raises(ValueError, match=f"(?s)1 segmentations that cannot be drawn: image 11 .*{words}"):
+        plain(coco_root, return_masks=True)
+    assert len(plain(coco_root)) == 4
+
+
+def test_slivers_beside_a_polygon_are_ignored(coco_root):
+    change(coco_root, lambda c: [a.update(segmentation=[*TRIANGLE, [1, 2, 3, 4]]) for a in c["annotations"]])
+    masks = plain(coco_root, return_masks=True)[0][1]["masks"]
+    assert torch.equal(masks, convert_coco_poly_to_mask([TRIANGLE, TRIANGLE], 48, 64))

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from datasets import build_dataset, get_coco_api_from_dataset
-from datasets.coco import load_coco_api, make_coco_transforms
+from datasets.coco import load_coco_api
 from datasets.coco_panoptic import CocoPanoptic, build
 from tests.helpers import parse, write_panoptic
 
@@ -40,6 +40,10 @@ def raw(root, masks=True):
     )
 
 
+def built(part, root, flags=""):
+    return build(part, parse(f"--dataset_file coco_panoptic --coco_path {root} {flags}"))
+
+
 def test_an_item_holds_things_and_stuff_with_masks_and_their_boxes(root):
     data = raw(root)
     assert (
@@ -47,7 +51,7 @@ def test_an_item_holds_things_and_stuff_with_masks_and_their_boxes(root):
     )
     image, target = data[1]
     ids = scene()[0]
-    assert image.shape == (3, 48, 64) and target["labels"].tolist() == [7, 1, 2]  # no crowd, nothing without area
+    assert image.size == (64, 48) and target["labels"].tolist() == [7, 1, 2]  # no crowd, nothing without area
     assert target["boxes"].tolist() == [[0, 0, 63, 19], [5, 10, 24, 29], [30, 22, 49, 29]]
     for mask, segment in zip(target["masks"], (70000, 3, 257), strict=True):
         assert np.array_equal(mask, ids == segment)
@@ -78,6 +82,7 @@ def test_without_masks_the_maps_stay_closed_and_boxes_are_the_same(root):
 
 def test_flags_build_it_with_coco_room_for_classes(root):
     args = parse(f"--dataset_file coco_panoptic --coco_path {root} --masks")
+    args.image_dtype = "uint8"
     data = build_dataset("val", args)
     assert data.num_classes == 250 and data.return_masks
     image, target = data[1]
@@ -86,14 +91,15 @@ def test_flags_build_it_with_coco_room_for_classes(root):
         build_dataset("train", parse(f"--dataset_file coco_panoptic --coco_path {root} --num_classes 9")).num_classes
         == 9
     )
-    assert build("val", root, root.parent / "p").thing_classes == [1, 2]
+    assert built("val", root, f"--coco_panoptic_path {root}").thing_classes == [1, 2]
+    assert data.get_height_and_width(0) == (48, 64)
 
 
 def test_objects_that_all_vanish_in_the_crop_leave_an_empty_target(tmp_path):
     ids = np.zeros((60, 90), int)
     ids[0:3, 0:3] = 1
     write_panoptic(tmp_path, {1: (ids, {1: (1, 0)})}, "train")
-    data = build("train", tmp_path, return_masks=True, transforms=make_coco_transforms("train", 64, 96))
+    data = built("train", tmp_path, "--masks --min_size 64 --max_size 96")
     seen = set()
     for epoch in range(12):
         data.set_epoch(epoch)
@@ -104,14 +110,39 @@ def test_objects_that_all_vanish_in_the_crop_leave_an_empty_target(tmp_path):
 
 
 def test_ap_is_judged_by_the_instances_file_or_else_by_the_things(root):
-    coco = get_coco_api_from_dataset(build("val", root, return_masks=True))
+    coco = get_coco_api_from_dataset(built("val", root, "--masks"))
     assert sorted(coco.cats) == [1, 2] and [a["iscrowd"] for a in coco.imgToAnns[20]] == [0, 1, 0, 0]
     ids = scene()[0]
     assert np.array_equal(coco.annToMask(coco.imgToAnns[20][1]), ids == 4)
     assert coco.imgToAnns[20][0]["bbox"] == [5, 10, 20, 20]
-    content = {"images": [], "annotations": [], "categories": [{"id": 2, "name": "dog"}]}
+    path = root / "annotations/instances_val2017.json"
+    things = [{"id": 1, "name": "cat"}, {"id": 2, "name": "dog"}]
+    objects = [{"id": 5, "image_id": 20, "category_id": 2, "bbox": [1, 2, 3, 4]}]
+    good = {
+        "images": [{"id": i, "file_name": f"{i}.jpg"} for i in (3, 20)],
+        "annotations": objects,
+        "categories": things,
+    }
+    path.write_text(json.dumps(good))
+    assert built("val", root).coco.anns.keys() == {5}
+
+
+@pytest.mark.parametrize("edit, words", [
+    (lambda c: [r.update(id=r["id"] + 100) for r in c["images"]], "annotations of images that are not listed"),
+    (lambda c: (c["images"].pop(0)), "1 images of .*panoptic_val2017.json, which the instances file lacks.*: 3"),
+    (lambda c: c["categories"].pop(0), "1 thing categories of .*lacks.*: 1"),
+    (lambda c: c["categories"][0].update(name="cow"), r"1 categories that are other things in .*1 \(cow, not cat\)"),
+    (lambda c: c.pop("annotations"), "no annotations at all"),
+])  # fmt: skip
+def test_instances_file_of_other_images_or_categories_is_refused(root, edit, words):
+    things = [{"id": 1, "name": "cat"}, {"id": 2, "name": "dog"}]
+    objects = [{"id": 5, "image_id": 20, "category_id": 2, "bbox": [1, 2, 3, 4]}]
+    content = {"images": [{"id": i, "file_name": f"{i}.jpg"} for i in (3, 20)], "annotations": objects}
+    content["categories"] = things
+    edit(content)
     (root / "annotations/instances_val2017.json").write_text(json.dumps(content))
-    assert sorted(build("val", root).coco.cats) == [2]
+    with pytest.raises(ValueError, match=f"(?s)instances_val2017.json.*{words}"):
+        built("val", root)
 
 
 def test_a_missing_map_and_one_of_other_ids_are_named(root):
@@ -138,6 +169,9 @@ def test_a_missing_map_and_one_of_other_ids_are_named(root):
     (lambda d: d["annotations"][0]["segments_info"][1].update(id=0), "below 1"),
     (lambda d: d["annotations"][0]["segments_info"][1].update(bbox=[1, 2]), "cannot be read"),
     (lambda d: d.pop("categories"), "no list named 'categories'"),
+    (lambda d: d["categories"][0].pop("isthing"), "1 categories whose isthing is not 0 or 1: .*cat"),
+    (lambda d: d["categories"][0].update(isthing="1"), "1 categories whose isthing is not 0 or 1: .*cat"),
+    (lambda d: d["categories"].append(d["categories"][0]), "1 category ids listed more than once: 1"),
 ])  # fmt: skip
 def test_annotations_that_cannot_be_used_are_named(root, change, words):
     path = root / "annotations/panoptic_val2017.json"
@@ -150,21 +184,23 @@ def test_annotations_that_cannot_be_used_are_named(root, change, words):
 
 def test_paths_that_lead_nowhere_are_named(root, tmp_path):
     with pytest.raises(ValueError, match="--coco_path"):
-        build("val")
+        build("val", parse("--dataset_file coco_panoptic"))
     with pytest.raises(FileNotFoundError, match="--coco_panoptic_path .*nowhere"):
-        build("val", root, tmp_path / "nowhere")
+        built("val", root, f"--coco_panoptic_path {tmp_path}/nowhere")
     with pytest.raises(ValueError, match="--num_classes must be at least 8"):
-        build("val", root, num_classes=5)
+        built("val", root, "--num_classes 5")
 
 
 def test_shapes_have_stuff_and_masks(tmp_path):
     flags = f"--coco_path {tmp_path}/s --shapes_train 3 --shapes_val 2 --shapes_size 64 --shapes_classes 3 --masks"
     panoptic = build_dataset("train", parse(f"--dataset_file shapes_panoptic {flags}"))
+    panoptic._transforms = None
     assert panoptic.num_classes == 6 and panoptic.thing_classes == [1, 2, 3]
     assert {4, 5} <= set(panoptic[0][1]["labels"].tolist())
     instances = build_dataset("train", parse(f"--dataset_file shapes {flags}"))
+    instances._transforms = None
     for i in range(3):
-        both, things = panoptic._target(i, *panoptic.sizes[i]), instances._target(i, *instances.sizes[i])
+        both, things = panoptic[i][1], instances[i][1]
         assert torch.equal(both["masks"][both["labels"] <= 3], things["masks"])
     assert len(load_coco_api(tmp_path / "s/annotations/instances_train2017.json").cats) == 3
 
@@ -174,7 +210,8 @@ def test_shapes_have_stuff_and_masks(tmp_path):
 )
 def test_real_maps_go_with_their_annotations():
     folder = Path(os.environ["DETR_TEST_COCO_PANOPTIC"])
-    data, boxes_only = build("val", folder, return_masks=True), build("val", folder)
+    data, boxes_only = built("val", folder, "--masks"), built("val", folder)
+    data._transforms = boxes_only._transforms = None
     for i in range(0, len(data), 5):
-        target, same = data._target(i, *data.sizes[i]), boxes_only._target(i, *data.sizes[i])
+        target, same = data[i][1], boxes_only[i][1]
         assert torch.equal(target["boxes"], same["boxes"]) and target["masks"].sum(0).max() <= 1

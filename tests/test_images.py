@@ -28,11 +28,28 @@ def test_other_kinds_become_rgb(tmp_path, mode, suffix):
     assert np.array_equal(pixels(path), expected)
 
 
-def test_sixteen_bits_are_scaled_not_clipped(tmp_path):
-    grey = np.linspace(0, 65535, 20).astype(np.uint16).reshape(4, 5)
-    Image.fromarray(grey).save(tmp_path / "deep.png")
-    found = pixels(tmp_path / "deep.png")
-    assert found.shape == (4, 5, 3) and np.abs(found[..., 0].astype(int) - grey // 257).max() <= 1
+@pytest.mark.parametrize("largest", [65535, 4095, 200])
+def test_sixteen_bits_are_scaled_by_their_type_not_their_content(tmp_path, largest):
+    grey = np.linspace(0, largest, 20).astype(np.uint16).reshape(4, 5)
+    for suffix in ("png", "tiff"):
+        Image.fromarray(grey).save(tmp_path / f"deep.{suffix}")
+        found = pixels(tmp_path / f"deep.{suffix}")
+        assert found.shape == (4, 5, 3) and np.array_equal(found[..., 1], grey // 257)
+
+
+@pytest.mark.parametrize("dtype, mode", [(np.float32, "F"), (np.int32, "I")])
+def test_pixels_of_32_bits_are_refused(tmp_path, dtype, mode):
+    Image.fromarray(np.ones((4, 5), dtype)).save(tmp_path / "a.tiff")
+    with pytest.raises(ValueError, match=f"a.tiff.*mode {mode}, 32 bits"):
+        read_image(tmp_path / "a.tiff")
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png"])
+def test_an_image_of_too_many_pixels_is_refused(tmp_path, suffix, monkeypatch):
+    Image.fromarray(RGB).save(tmp_path / f"big.{suffix}")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    with pytest.raises(ValueError, match=f"big.{suffix}.*exceeds limit of 200 pixels"):
+        read_image(tmp_path / f"big.{suffix}")
 
 
 def test_exif_rotation_is_not_applied(tmp_path):

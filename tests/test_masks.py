@@ -35,7 +35,10 @@ def test_polygons_and_runs_compressed_or_not_are_the_same_mask():
 @pytest.mark.parametrize("broken, words", [
     ([], "neither"), ([[1, 2, 3, 4]], "at least three points"), (None, "neither"), ({"counts": [48]}, "neither"),
     ({"size": [8, 6], "counts": [48]}, r"\[8, 6\] for an image of \[6, 8\]"),
-    ({"size": [6, 8], "counts": [40]}, "40 pixels for an image of 48"), ({"size": [6, 8], "counts": "abc"}, "Invalid"),
+    ({"size": [6, 8], "counts": [40]}, "40 pixels for an image of 48"),
+    ({"size": [6, 8], "counts": "11"}, "2 pixels for an image of 48"),
+    ({"size": [6, 8], "counts": "abc"}, "compressed text"), ({"size": [6, 8], "counts": ""}, "compressed text"),
+    ({"size": [6, 8], "counts": [-8, 56]}, "48 pixels"), ({"size": [6, 8], "counts": [24.5, "x"]}, "not whole numbers"),
 ])  # fmt: skip
 def test_what_is_no_mask_is_named(broken, words):
     with pytest.raises(ValueError, match=f"a.json: image 7: segmentation 1 .*{words}"):
@@ -67,3 +70,20 @@ def test_ids_are_compared_both_ways():
     check_segment_ids("x.png", [0, 3, 5], [5, 3])
     with pytest.raises(ValueError, match=r"x.png.*without a pixel: \[7\].*not listed: \[5\]"):
         check_segment_ids("x.png", [0, 3, 5], [3, 7])
+
+
+def test_compressed_runs_are_decoded_like_pycocotools():
+    rng = np.random.default_rng(0)
+    for density in (0.001, 0.02, 0.5, 0.99):
+        mask = (rng.random((190, 210)) < density).astype(np.uint8)
+        code = mask_api.encode(np.asfortranarray(mask))
+        assert np.array_equal(decode_mask(code, 190, 210), mask)
+    for mask in (np.zeros((500, 700), np.uint8), np.ones((500, 700), np.uint8)):
+        assert np.array_equal(decode_mask(mask_api.encode(np.asfortranarray(mask)), 500, 700), mask)
+
+
+@pytest.mark.parametrize("dtype, factor", [(np.uint8, 1), (np.uint16, 300)])
+def test_a_map_of_one_channel_holds_the_ids(tmp_path, dtype, factor):
+    ids = np.array([[1, 1, 2], [2, 0, 7]]) * factor
+    Image.fromarray(ids.astype(dtype)).save(tmp_path / "grey.png")
+    assert np.array_equal(read_segment_ids(tmp_path / "grey.png"), ids)

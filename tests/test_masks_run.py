@@ -39,10 +39,8 @@ def judged(truth, results, backend):
     return evaluator
 
 
-@pytest.mark.parametrize("backend", ["pycocotools", "faster"])
+@pytest.mark.parametrize("backend", ["pycocotools", "hotcoco"])
 def test_true_masks_score_1_and_worse_ones_less(shapes, backend, tmp_path):
-    if backend == "faster":
-        pytest.importorskip("faster_coco_eval", reason="faster-coco-eval is not installed")
     truth = load_coco_api(shapes / "annotations/instances_train2017.json")
     results = {}
     for image_id, annotations in truth.imgToAnns.items():

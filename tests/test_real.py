@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from datasets import coco
+from datasets import build_dataset
 from datasets.coco_eval import CocoEvaluator
 from models import build_model
 from tests.helpers import parse
@@ -17,10 +17,14 @@ ROOT = os.environ.get("DETR_TEST_COCO")
 pytestmark = pytest.mark.skipif(not ROOT, reason="DETR_TEST_COCO names no folder of COCO images and annotations")
 
 
+def build(part, flags=""):
+    return build_dataset(part, parse(f"--coco_path {ROOT} {flags}"))
+
+
 @pytest.mark.parametrize("part", ["train", "val"])
 def test_items_hold_what_pycocotools_reads(part):
-    dataset = coco.build(part, ROOT)
-    dataset.transforms = None
+    dataset = build(part)
+    dataset._transforms = None
     for i in range(0, len(dataset), 10):
         image, target = dataset[i]
         expected = np.asarray(Image.open(dataset.img_folder / str(dataset.index.file_names[i])).convert("RGB"))
@@ -35,10 +39,11 @@ def test_items_hold_what_pycocotools_reads(part):
 
 
 def test_ground_truth_as_detections_scores_one():
-    dataset = coco.build("val", ROOT)
+    dataset = build("val")
+    dataset._transforms = None
     evaluator = CocoEvaluator(dataset.coco, ["bbox"])
     for i, image_id in enumerate(dataset.ids):
-        target = dataset._target(i, *dataset.sizes[i])
+        target = dataset[i][1]
         found = {name: target[name] for name in ("boxes", "labels")}
         evaluator.update({image_id: found | {"scores": torch.ones(len(target["labels"]))}})
     evaluator.synchronize_between_processes()
@@ -50,7 +55,7 @@ def test_ground_truth_as_detections_scores_one():
 def test_the_published_model_takes_a_training_step_at_a_quarter_of_the_size():
     flags = "--backbone resnet50 --hidden_dim 256 --nheads 8 --dim_feedforward 2048 --enc_layers 6 --dec_layers 6"
     model, criterion, _ = build_model(parse(f"{flags} --num_queries 100 --num_classes 91"))
-    dataset = coco.build("train", ROOT, transforms=coco.make_coco_transforms("train", 200, 333))
+    dataset = build("train", "--min_size 200 --max_size 333")
     samples, targets = collate_fn([dataset[0], dataset[1]])
     losses = criterion(model(samples), targets)
     loss = sum(losses[name] * weight for name, weight in criterion.weight_dict.items())
