@@ -3,10 +3,20 @@
 from torch.utils.data import Dataset, Subset
 
 from datasets import coco, coco_panoptic, shapes
-from datasets.coco import build as build_coco
+from datasets.coco import build
 from util.flags import with_defaults
 
-__all__ = ["DATASETS", "NEW_FLAGS", "build_coco", "build_dataset", "get_coco_api_from_dataset", "num_classes_of"]
+__all__ = [
+    "DATASETS",
+    "NEW_FLAGS",
+    "build",
+    "build_coco",
+    "build_dataset",
+    "get_coco_api_from_dataset",
+    "num_classes_of",
+]
+
+build_coco = build  # as DETR names it
 
 # Functions `build(image_set, args)`; a dataset of your own is one more row.
 DATASETS = {

@@ -1,5 +1,6 @@
-"""Which images go together in a batch, on which process."""
+"""Samplers: which images form a batch, on which process."""
 
+import math
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 
@@ -8,11 +9,11 @@ from torch.utils.data import Sampler
 
 
 class TrainBatches(Sampler[list[int]]):
-    """A new random order each epoch, a function of (seed, epoch), dealt out to the processes image by image.
+    """Batches in a new random order each epoch, a function of (seed, epoch), split between the processes.
 
-    The order is filled up with its own beginning to a multiple of the number of processes, and what does not fill a
-    batch at its end is left out until the next epoch. Batch k of all processes together is what one process with their
-    total batch size would see. Raises ValueError if there are too few images for a single batch.
+    The order is filled up with its own beginning to a multiple of the number of processes, and images that do not fill
+    a batch at its end are left out of the epoch. Batch k of all processes together is what one process with their total
+    batch size would see. Raises ValueError if there are too few images for a single batch.
     """
 
     def __init__(self, length: int, batch_size: int, seed: int = 0, rank: int = 0, world_size: int = 1):
@@ -22,20 +23,21 @@ class TrainBatches(Sampler[list[int]]):
         if not len(self):
             raise ValueError(
                 f"{length} training images do not fill one batch of {batch_size} on each of {world_size} processes: "
-                "lower --batch_size"
+                "use a smaller batch size"
             )
 
     @property
     def images_per_step(self) -> int:
-        """Images in a batch of all processes together."""
+        """Number of images in a batch of all processes together."""
         return self.batch_size * self.world_size
 
     def set_epoch(self, epoch: int, seen: int = 0) -> None:
-        """Choose the epoch, and how many images of its order lie behind already (whoever went through them)."""
+        """Choose the epoch; `seen` is the number of images already consumed in it, by all processes together."""
         self.epoch, self.seen = epoch, min(seen, self.length)
 
     def __len__(self) -> int:
-        return -(-(self.length - self.seen) // self.world_size) // self.batch_size
+        images_per_process = math.ceil((self.length - self.seen) / self.world_size)
+        return images_per_process // self.batch_size
 
     def __iter__(self) -> Iterator[list[int]]:
         order = torch.randperm(self.length, generator=torch.Generator().manual_seed(self.seed + self.epoch)).tolist()
@@ -47,10 +49,10 @@ class TrainBatches(Sampler[list[int]]):
 
 
 class EvalBatches(Sampler[list[int]]):
-    """Every image once, dealt out to the processes; some may get one image more than others, or none.
+    """Every image once, split between the processes; some may get one image more than others, or none.
 
     With `sizes`, one (height, width) for each image as it enters the model, only images of equal size share a batch:
-    then nothing is padded, and what the model says of an image does not depend on its neighbours.
+    no image is padded, so its predictions do not depend on the others in the batch.
     """
 
     def __init__(

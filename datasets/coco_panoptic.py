@@ -60,8 +60,6 @@ class CocoPanoptic(CocoDetection):
         check_sizes(index)
         check_against_folder(index, self.img_folder)
         check_against_folder(index, self.ann_folder, index.map_names, "panoptic maps")
-        if self.instances_file:
-            _check_instances(self.instances_file, index)
         return index
 
     @property
@@ -73,6 +71,7 @@ class CocoPanoptic(CocoDetection):
     def coco(self):
         """The things as pycocotools' COCO, for the evaluation."""
         if self.instances_file:
+            _check_instances(self.instances_file, self.index)
             return load_coco_api(self.instances_file)
         return index_coco(self._instances())
 

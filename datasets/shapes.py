@@ -1,8 +1,8 @@
-"""The generated dataset that needs no download: coloured shapes in COCO's own format.
+"""The generated dataset that needs no download: coloured shapes in COCO's format.
 
-Everything that training meets in COCO is there, in small: several classes, objects that overlap, sizes from small to
-large, images of different sizes, some without any object, crowds; and for panoptic training the stuff behind the
-objects and patches that belong to nothing. The same numbers give the same files.
+It has, on a small scale, what COCO has: several classes, overlapping objects, small to large objects, images of
+different sizes, images without objects, crowds; and for panoptic training stuff behind the objects and unlabelled
+patches. The same flags give the same files.
 """
 
 import colorsys
@@ -25,7 +25,7 @@ STUFF = ("ground", "sky")  # their ids follow the things'
 EMPTY, CROWD, VOID = 0.06, 0.06, 0.3  # shares of the images without objects, with a crowd, with an unlabelled patch
 MOST_OBJECTS = 2
 SMALLEST = 32  # pixels of an image's longer side
-NUMBERS = "shapes.json"  # the file that says what the folder was drawn with
+NUMBERS = "shapes.json"  # the file with the settings the images were generated with
 EXTENT = (0.2, 0.8)  # diameter of an object, as a share of the image's shorter side
 LARGEST_HIDDEN = 0.4  # an object is placed only if every other one keeps at least 60 % of its pixels
 
@@ -54,13 +54,14 @@ def build(image_set: str, args) -> coco.CocoDetection:
 
 
 def generate(root: str | Path, counts: dict[str, int], image_size: int = 192, classes: int = 4, seed: int = 0) -> None:
-    """Write the dataset in COCO's layout, unless `root` holds it; it appears whole or not at all.
+    """Write the dataset in COCO's layout, unless `root` already holds it.
 
-    Raises ValueError for numbers that cannot be drawn, or if `root` holds shapes of other numbers.
+    It is written to a temporary folder, which is then renamed. Raises ValueError for settings that cannot be drawn, or
+    if `root` holds shapes generated with other settings.
     """
     root, numbers = Path(root), {**counts, "size": image_size, "classes": classes, "seed": seed}
     if image_size < SMALLEST:
-        raise ValueError(f"shapes cannot be told apart on {image_size} pixels: ask for {SMALLEST} or more")
+        raise ValueError(f"shapes cannot be recognised on {image_size} pixels: choose {SMALLEST} or more")
     if not 1 <= classes <= len(THINGS):
         raise ValueError(f"there are shapes for 1 to {len(THINGS)} classes, not {classes}")
     if root.exists() and any(root.iterdir()):
@@ -76,7 +77,7 @@ def generate(root: str | Path, counts: dict[str, int], image_size: int = 192, cl
         draft.chmod(0o755)
         os.rename(draft, root)
     except OSError:
-        if not root.exists():  # otherwise another process was faster, with the same files
+        if not root.exists():  # otherwise another process has written the same files first
             raise
     finally:
         shutil.rmtree(draft, ignore_errors=True)
@@ -86,7 +87,7 @@ def _check_numbers(path: Path, numbers: dict[str, int]) -> None:
     there = json.loads(path.read_text()) if path.is_file() else numbers
     other = [f"{name} {there.get(name)}, not {value}" for name, value in numbers.items() if there.get(name) != value]
     if other:
-        raise ValueError(f"{path.parent} holds shapes of other numbers ({'; '.join(other)}): name another folder")
+        raise ValueError(f"{path.parent} holds shapes of other settings ({'; '.join(other)}): choose another folder")
 
 
 def _write_part(root: Path, part: str, count: int, image_size: int, classes: int, seed: tuple[int, int]) -> None:
@@ -123,7 +124,7 @@ def _write_part(root: Path, part: str, count: int, image_size: int, classes: int
 def draw_scene(rng: np.random.Generator, image_size: int, classes: int) -> tuple[np.ndarray, np.ndarray, list[dict]]:
     """Draw one image: pixels uint8 [H, W, 3], segment ids uint8 [H, W] (0 = void), and the segments' records.
 
-    Ids count from 1 in the map: the two stuffs, then the objects in the order they were drawn.
+    Ids count from 1: first the two kinds of stuff, then the objects in the order they were drawn.
     """
     height, width = (int(image_size * side) for side in rng.uniform(0.75, 1, 2))
     rows, columns = np.arange(height)[:, None], np.arange(width)
@@ -195,7 +196,7 @@ def _outline(rng: np.random.Generator, name: str, height: int, width: int, exten
 def _paint(
     rng: np.random.Generator, pixels: np.ndarray, ids: np.ndarray, cover: np.ndarray, segment: int, label: int
 ) -> None:
-    """Colour a shape vividly, with a hue near its class's own, and enter it in the map."""
+    """Paint a shape in a vivid colour with a hue near that of its class, and write its id into the map."""
     if cover.max() <= 0.5:  # thinner than a pixel
         return
     rows, columns = cover.any(1).nonzero()[0], cover.any(0).nonzero()[0]
@@ -218,7 +219,7 @@ def _place_crowd(rng: np.random.Generator, pixels: np.ndarray, ids: np.ndarray, 
 
 
 def _records(ids: np.ndarray, labels: dict[int, int], crowd: int | None) -> list[dict]:
-    """Describe the segments that can be seen, as COCO panoptic's `segments_info`."""
+    """Return records of the visible segments, as in COCO panoptic's `segments_info`."""
     records = []
     for segment, label in labels.items():
         rows, columns = np.nonzero(ids == segment)

@@ -1,8 +1,8 @@
-"""Move an image and its targets together.
+"""Transforms of an image together with its target.
 
 Every transform takes and returns (image, target): a PIL image or a tensor [C, H, W] (uint8 is fastest), and a dict as
-in datasets/coco.py, or None. Boxes are (x0, y0, x1, y1) in pixels until RelativeBoxes. The caller's target is never
-changed. Random transforms draw from Python's `random`, so whoever seeds that repeats them.
+in datasets/coco.py, or None. Boxes are (x0, y0, x1, y1) in pixels until RelativeBoxes or Normalize. The caller's target
+is not changed. Random transforms draw from Python's `random`: seeding it makes them repeatable.
 """
 
 import random
@@ -15,6 +15,7 @@ import torchvision.transforms as tv
 import torchvision.transforms.v2.functional as F
 from PIL import Image
 from torch import Tensor
+from torch.nn.functional import interpolate
 
 from util.box_ops import box_xyxy_to_cxcywh
 
@@ -25,7 +26,7 @@ PER_OBJECT = ("boxes", "labels", "area", "iscrowd", "masks")  # entries with one
 
 @contextmanager
 def seeded(*key: int) -> Iterator[None]:
-    """Make all random draws inside a function of `key`, and leave the generators outside as they were."""
+    """Make random draws inside the block a function of `key`; restore the generators' states afterwards."""
     python, numpy, pytorch = random.getstate(), np.random.get_state(), torch.get_rng_state()
     random.seed("/".join(map(str, key)))
     np.random.seed(random.getrandbits(32))
@@ -76,10 +77,10 @@ def hflip(image: Picture, target: dict | None) -> Pair:
 
 
 def resized_size(height: int, width: int, size: int, max_size: int | None = None) -> tuple[int, int]:
-    """DETR's resize rule: the shorter side becomes `size`, unless that takes the longer one past `max_size`.
+    """Return (height, width) by DETR's resize rule.
 
-    Returns (height, width). Fractions of the longer side are cut off. An image whose shorter side has its final length
-    already stays as it is.
+    The shorter side becomes `size`, or less where the longer side would exceed `max_size` by more than rounding.
+    Fractions of the longer side are cut off. An image whose shorter side has its final length is not resized.
     """
     short, long = min(height, width), max(height, width)
     if max_size is not None and long / short * size > max_size:
@@ -87,7 +88,7 @@ def resized_size(height: int, width: int, size: int, max_size: int | None = None
     if short == size:
         return height, width
     other = int(size * long / short)
-    if size < 1:  # so thin that the rule leaves it no pixel
+    if size < 1:  # so thin that the rule would leave no pixel
         size, other = 1, max_size
     return (size, other) if height <= width else (other, size)
 
@@ -109,7 +110,7 @@ def resize(image: Picture, target: dict | None, size: int | Sequence[int], max_s
         target["area"] = target["area"] * ratio.prod()
     if "masks" in target:
         masks = target["masks"]
-        nearest = torch.nn.functional.interpolate(masks[:, None].float(), (new_height, new_width), mode="nearest")
+        nearest = interpolate(masks[:, None].float(), (new_height, new_width), mode="nearest")
         target["masks"] = nearest[:, 0] > 0.5
     return image, target
 
@@ -127,7 +128,7 @@ def pad(image: Picture, target: dict | None, padding: tuple[int, int]) -> Pair:
 
 
 class Compose:
-    """One transform after another."""
+    """Apply transforms one after another."""
 
     def __init__(self, transforms: Sequence[Callable]):
         self.transforms = transforms
@@ -147,8 +148,8 @@ class RandomHorizontalFlip:
     def __init__(self, p: float = 0.5):
         self.p = p
 
-    def __call__(self, image: Picture, target: dict | None) -> Pair:
-        return hflip(image, target) if random.random() < self.p else (image, target)
+    def __call__(self, img: Picture, target: dict | None) -> Pair:
+        return hflip(img, target) if random.random() < self.p else (img, target)
 
 
 class RandomResize:
@@ -157,8 +158,8 @@ class RandomResize:
     def __init__(self, sizes: Sequence[int], max_size: int | None = None):
         self.sizes, self.max_size = list(sizes), max_size
 
-    def __call__(self, image: Picture, target: dict | None = None) -> Pair:
-        return resize(image, target, random.choice(self.sizes), self.max_size)
+    def __call__(self, img: Picture, target: dict | None = None) -> Pair:
+        return resize(img, target, random.choice(self.sizes), self.max_size)
 
 
 class RandomCrop:
@@ -167,8 +168,8 @@ class RandomCrop:
     def __init__(self, size: tuple[int, int]):
         self.size = size
 
-    def __call__(self, image: Picture, target: dict | None) -> Pair:
-        return _crop_somewhere(image, target, *self.size)
+    def __call__(self, img: Picture, target: dict | None) -> Pair:
+        return _crop_somewhere(img, target, *self.size)
 
 
 class RandomSizeCrop:
@@ -177,11 +178,9 @@ class RandomSizeCrop:
     def __init__(self, min_size: int, max_size: int):
         self.min_size, self.max_size = min_size, max_size
 
-    def __call__(self, image: Picture, target: dict | None) -> Pair:
-        height, width = (
-            random.randint(min(self.min_size, side), min(self.max_size, side)) for side in F.get_size(image)
-        )
-        return _crop_somewhere(image, target, height, width)
+    def __call__(self, img: Picture, target: dict | None) -> Pair:
+        height, width = (random.randint(min(self.min_size, side), min(self.max_size, side)) for side in F.get_size(img))
+        return _crop_somewhere(img, target, height, width)
 
 
 class CenterCrop:
@@ -190,10 +189,10 @@ class CenterCrop:
     def __init__(self, size: tuple[int, int]):
         self.size = size
 
-    def __call__(self, image: Picture, target: dict | None) -> Pair:
-        (height, width), (h, w) = F.get_size(image), self.size
+    def __call__(self, img: Picture, target: dict | None) -> Pair:
+        (height, width), (h, w) = F.get_size(img), self.size
         _check_room(height, width, h, w)
-        return crop(image, target, (round((height - h) / 2), round((width - w) / 2), h, w))
+        return crop(img, target, (round((height - h) / 2), round((width - w) / 2), h, w))
 
 
 class RandomPad:
@@ -202,8 +201,8 @@ class RandomPad:
     def __init__(self, max_pad: int):
         self.max_pad = max_pad
 
-    def __call__(self, image: Picture, target: dict | None) -> Pair:
-        return pad(image, target, (random.randint(0, self.max_pad), random.randint(0, self.max_pad)))
+    def __call__(self, img: Picture, target: dict | None) -> Pair:
+        return pad(img, target, (random.randint(0, self.max_pad), random.randint(0, self.max_pad)))
 
 
 class RandomSelect:
@@ -212,36 +211,36 @@ class RandomSelect:
     def __init__(self, transforms1: Callable, transforms2: Callable, p: float = 0.5):
         self.transforms1, self.transforms2, self.p = transforms1, transforms2, p
 
-    def __call__(self, image: Picture, target: dict | None) -> Pair:
-        return self.transforms1(image, target) if random.random() < self.p else self.transforms2(image, target)
+    def __call__(self, img: Picture, target: dict | None) -> Pair:
+        return self.transforms1(img, target) if random.random() < self.p else self.transforms2(img, target)
 
 
 class RandomErasing:
-    """Blank a random rectangle of a tensor image (torchvision's RandomErasing, its arguments); boxes stay."""
+    """Erase a random rectangle of a tensor image (torchvision's RandomErasing, its arguments); boxes are unchanged."""
 
     def __init__(self, *args, **kwargs):
         self.eraser = tv.RandomErasing(*args, **kwargs)
 
-    def __call__(self, image: Tensor, target: dict | None) -> Pair:
-        return self.eraser(image), target
+    def __call__(self, img: Tensor, target: dict | None) -> Pair:
+        return self.eraser(img), target
 
 
 class ToTensor:
-    """PIL image or uint8 tensor -> float tensor in 0..1, as torchvision's `to_tensor`."""
+    """Convert a PIL image or uint8 tensor to a float tensor in 0..1, as torchvision's `to_tensor` does."""
 
-    def __call__(self, image: Picture, target: dict | None) -> Pair:
-        return image.float() / 255 if isinstance(image, Tensor) else tv.functional.to_tensor(image), target
+    def __call__(self, img: Picture, target: dict | None) -> Pair:
+        return img.float() / 255 if isinstance(img, Tensor) else tv.functional.to_tensor(img), target
 
 
 class PILToTensor:
-    """PIL image -> uint8 tensor; a tensor passes."""
+    """Convert a PIL image to a uint8 tensor; tensors are returned as they are."""
 
     def __call__(self, image: Picture, target: dict | None) -> Pair:
         return image if isinstance(image, Tensor) else F.pil_to_tensor(image), target
 
 
 class RelativeBoxes:
-    """Boxes in pixels, x0 y0 x1 y1 -> (cx, cy, w, h) in 0..1 of the image: what the model and the loss speak."""
+    """Convert boxes from pixels, x0 y0 x1 y1, to (cx, cy, w, h) in 0..1 of the image, which model and loss use."""
 
     def __call__(self, image: Picture, target: dict | None) -> Pair:
         if target is None or "boxes" not in target:
@@ -252,10 +251,7 @@ class RelativeBoxes:
 
 
 class Normalize:
-    """Float image minus `mean` over `std`, for each channel; it also makes the boxes relative, like RelativeBoxes.
-
-    The project's own pipeline leaves pixels as bytes and has the model normalise them on its device.
-    """
+    """Subtract `mean` from a float image and divide by `std`, per channel; make boxes relative (RelativeBoxes)."""
 
     def __init__(self, mean: Sequence[float], std: Sequence[float]):
         self.mean, self.std = list(mean), list(std)

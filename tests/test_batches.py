@@ -45,7 +45,7 @@ def test_other_processes_go_on_at_the_same_image(before, after):
 
 
 def test_too_few_images_for_a_batch():
-    with pytest.raises(ValueError, match="3 training images .* batch of 4 .*--batch_size"):
+    with pytest.raises(ValueError, match="3 training images .* batch of 4 .*use a smaller batch size"):
         TrainBatches(3, 4)
 
 

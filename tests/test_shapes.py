@@ -94,7 +94,7 @@ def test_a_folder_of_other_numbers_is_not_taken_for_what_was_asked(tmp_path):
     before = files(root)
     shapes.generate(root, counts, 64, 3)
     assert files(root) == before
-    with pytest.raises(ValueError, match="made holds shapes of other numbers .train 2, not 4; classes 3, not 2"):
+    with pytest.raises(ValueError, match="made holds shapes of other settings .train 2, not 4; classes 3, not 2"):
         shapes.generate(root, counts | {"train": 4}, 64, 2)
     with pytest.raises(ValueError, match="on 8 pixels"):
         shapes.generate(tmp_path / "small", counts, 8)

@@ -1,0 +1,85 @@
+"""The tables that users extend with data and metrics of their own, and the number of classes."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch.utils.data import DataLoader, Dataset, Subset
+
+import datasets
+from datasets import build_dataset, evaluators, get_coco_api_from_dataset, num_classes_of
+from datasets.evaluators import Batch, build_evaluators
+from engine import evaluate
+from models import build_model
+from tests.helpers import parse
+from util.nested_tensor import collate_fn
+
+
+class Recall:
+    """A metric in a few lines: the share of objects for which the model has a detection of the right class."""
+
+    def __init__(self):
+        self.found, self.objects = 0, 0
+
+    def update(self, predictions, batch):
+        for image_id, target in zip(batch.image_ids, batch.targets, strict=True):
+            self.found += sum(label in predictions[image_id]["labels"] for label in target["labels"])
+            self.objects += len(target["labels"])
+
+    def synchronize_between_processes(self):
+        pass
+
+    def accumulate(self):
+        self.recall = float(self.found / self.objects)
+
+    def summarize(self):
+        return {"my_recall": self.recall}
+
+
+def test_metric_added_to_the_table_is_computed_by_evaluate(coco_root, monkeypatch):
+    monkeypatch.setitem(evaluators.EVALUATORS, "recall", lambda *parts: Recall())
+    args = parse(f"--coco_path {coco_root} --num_classes 4")
+    data = build_dataset("val", args)
+    model, criterion, post = build_model(args)
+    with torch.no_grad():
+        model.class_embed.bias[1] = 100  # every query finds a cat
+    loader = DataLoader(Subset(data, [0, 1]), 2, collate_fn=collate_fn)
+    base_ds = get_coco_api_from_dataset(loader.dataset)
+    stats, evaluator = evaluate(model, criterion, post, loader, base_ds, torch.device("cpu"), "")
+    assert stats["my_recall"] == pytest.approx(2 / 3) and len(stats["coco_eval_bbox"]) == 12
+    assert set(evaluator.results) == {21, 22}
+
+
+def test_evaluators_follow_the_postprocessors():
+    assert list(build_evaluators({"bbox": 0}, None, None, "")) == ["coco"]
+    assert build_evaluators({"bbox": 0, "segm": 0}, None, None, "")["coco"].iou_types == ["segm", "bbox"]
+
+
+def test_batch_gives_ids_and_sizes_of_its_targets():
+    sizes = {"orig_size": torch.tensor([4, 6]), "size": torch.tensor([8, 12])}
+    batch = Batch({}, None, [{"image_id": torch.tensor([5]), **sizes}, {"image_id": torch.tensor([7]), **sizes}])
+    assert batch.image_ids == [5, 7]
+    assert batch.original_sizes.tolist() == [[4, 6]] * 2 and batch.sizes.tolist() == [[8, 12]] * 2
+
+
+def test_dataset_added_to_the_table_is_built_by_its_function(monkeypatch):
+    class Mine(Dataset):
+        num_classes = 7
+
+    def build(image_set, args):
+        mine = Mine()
+        mine.image_set, mine.args = image_set, args
+        return mine
+
+    monkeypatch.setitem(datasets.DATASETS, "mine", build)
+    data = build_dataset("train", {"dataset_file": "mine", "root": "/data"})
+    assert data.image_set == "train" and data.args.root == "/data"
+    assert data.args.max_size == 1333 and data.args.image_dtype == "float32"
+
+
+def test_number_of_classes_is_that_of_flag_checkpoint_dataset_or_coco():
+    args, data = SimpleNamespace(dataset_file="coco", num_classes=5), SimpleNamespace(num_classes=7)
+    assert num_classes_of(args, 6, data) == 5
+    args.num_classes = None
+    assert num_classes_of(args, 6, data) == 6 and num_classes_of(args, None, data) == 7 and num_classes_of(args) == 91
+    assert num_classes_of(SimpleNamespace(dataset_file="coco_panoptic")) == 250
