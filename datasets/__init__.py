@@ -43,15 +43,15 @@ def build_dataset(image_set: str, args) -> Dataset:
     return DATASETS[args.dataset_file](image_set, args)
 
 
-def num_classes_of(args, checkpoint_classes: int | None = None, dataset: Dataset | None = None) -> int:
+def num_classes_of(
+    flag: int | None = None, checkpoint: int | None = None, dataset: Dataset | None = None, dataset_file: str = "coco"
+) -> int:
     """Return the number of classes: of the flag, else of the checkpoint, else of the dataset, else of COCO's data."""
-    if getattr(args, "num_classes", None):
-        return args.num_classes
-    if checkpoint_classes:
-        return checkpoint_classes
+    if flag or checkpoint:
+        return flag or checkpoint
     if dataset is not None:
         return dataset.num_classes
-    return coco_panoptic.COCO_CLASSES if args.dataset_file == "coco_panoptic" else COCO_CLASSES
+    return coco_panoptic.COCO_CLASSES if dataset_file == "coco_panoptic" else COCO_CLASSES
 
 
 def get_coco_api_from_dataset(dataset: Dataset):

@@ -257,7 +257,7 @@ def _random_sizes(scale: float, max_size: int) -> T.RandomSelect:
     return T.RandomSelect(resize, T.Compose([*crop, resize]))
 
 
-def dataset_options(image_set: str, args) -> dict:
+def build_options(image_set: str, args) -> dict:
     """Return the arguments of CocoDetection that flags set; `args` has all of NEW_FLAGS."""
     return {
         "transforms": make_coco_transforms(image_set, args.min_size, args.max_size, args.augment, args.image_dtype),
@@ -274,7 +274,7 @@ def build(image_set: str, args) -> CocoDetection:
     COCO's layout is `{image_set}2017/` and `annotations/instances_{image_set}2017.json` under `--coco_path`;
     `--{image_set}_images` and `--{image_set}_annotations` override either.
     """
-    args = with_defaults(args, NEW_FLAGS)
+    args = with_defaults(args, {**NEW_FLAGS, "coco_path": None})
     images = getattr(args, f"{image_set}_images", None)
     annotations = getattr(args, f"{image_set}_annotations", None)
     if not (images and annotations):
@@ -288,4 +288,4 @@ def build(image_set: str, args) -> CocoDetection:
             raise FileNotFoundError(f"--coco_path {root}: no such folder")
         images = images or root / f"{image_set}2017"
         annotations = annotations or root / "annotations" / f"instances_{image_set}2017.json"
-    return CocoDetection(images, annotations, **dataset_options(image_set, args))
+    return CocoDetection(images, annotations, **build_options(image_set, args))

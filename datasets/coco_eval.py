@@ -1,7 +1,6 @@
 """COCO's average precision, over several processes: each collects detections, the main one computes."""
 
 import contextlib
-import importlib.util
 import io
 import json
 from collections.abc import Iterable
@@ -9,16 +8,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from torch import Tensor
 
+from datasets.coco_backends import ground_truth, pick_backend, renumber
 from datasets.masks import encode_masks
 from util.dist import all_gather, gather_to_main
 from util.logger import logger
 
-BACKENDS = ("auto", "hotcoco", "pycocotools")
-LARGEST_EXACT = 2**53  # larger image ids are not exact as floats, which evaluation code uses
 LOG_NAMES = {"bbox": "coco_eval_bbox", "segm": "coco_eval_masks"}
 ENTRIES = {"bbox": "bbox", "segm": "segmentation", "keypoints": "keypoints"}  # names in COCO's result format
 
@@ -42,9 +39,9 @@ class CocoEvaluator:
         self.results: dict[int, dict[str, np.ndarray]] = {}  # by image id
         self.coco_eval: dict = {}
         if coco_gt is not None:
-            self._backend = _pick_backend(backend)
+            self._backend = pick_backend(backend)
             truth = ground_truth(coco_gt)
-            self._numbers = _renumber(truth)  # of each image id: the id in `coco_eval`
+            self._numbers = renumber(truth)  # of each image id: the id in `coco_eval`
             self._category_ids = [category["id"] for category in truth["categories"]]
             self._truth = self._backend.index(truth)
             for iou_type in self.iou_types:
@@ -142,95 +139,6 @@ class CocoEvaluator:
             if iou_type == "segm":
                 codes += result["segm"][known].tolist()
         return np.concatenate(rows), codes
-
-
-def ground_truth(coco_gt) -> dict:
-    """Return images, categories and annotations of an index in COCO's format.
-
-    The index's own methods decide what they are; one without methods has at least `imgs`, `cats` and `anns`.
-    """
-    if hasattr(coco_gt, "getAnnIds"):
-        image_ids, category_ids = list(coco_gt.getImgIds()), list(coco_gt.getCatIds())
-        annotations = coco_gt.loadAnns(coco_gt.getAnnIds(imgIds=image_ids, catIds=category_ids))
-    else:
-        image_ids, category_ids, annotations = list(coco_gt.imgs), list(coco_gt.cats), list(coco_gt.anns.values())
-    sizes = [{name: side for name, side in coco_gt.imgs[i].items() if name in ("height", "width")} for i in image_ids]
-    names = {i: str(coco_gt.cats[i].get("name", i)) if i in coco_gt.cats else str(i) for i in category_ids}
-    return {
-        "images": [{"id": i, **size} for i, size in zip(image_ids, sizes, strict=True)],
-        "categories": [{"id": i, "name": name} for i, name in names.items()],
-        "annotations": [dict(record) for record in annotations],  # pycocotools writes into them
-    }
-
-
-def _renumber(truth: dict) -> dict[int, int]:
-    """Replace image ids too large for evaluation code by small ones; return the id in use by the original id."""
-    image_ids = [image["id"] for image in truth["images"]]
-    if max(image_ids, default=0) < LARGEST_EXACT:
-        return {image_id: image_id for image_id in image_ids}
-    numbers = {image_id: n for n, image_id in enumerate(sorted(image_ids), start=1)}
-    for image in truth["images"]:
-        image["id"] = numbers[image["id"]]
-    for record in truth["annotations"]:
-        record["image_id"] = numbers[record["image_id"]]
-    return numbers
-
-
-class _Hotcoco:
-    """Evaluation by hotcoco, which takes detections as one array."""
-
-    def index(self, content: dict):
-        import hotcoco
-
-        return hotcoco.COCO(content)
-
-    def detections(self, truth, rows: np.ndarray, codes: list[dict]):
-        found = truth.load_res(rows, segmentation=codes or None)
-        if codes:  # otherwise the areas would be those of the boxes
-            import hotcoco
-
-            found.update_anns(ids=np.arange(1, len(codes) + 1), area=hotcoco.mask.area(codes))
-        return found
-
-    def evaluation(self, truth, found, iou_type: str):
-        import hotcoco
-
-        return hotcoco.COCOeval(truth, found, iou_type)
-
-
-class _Pycocotools:
-    """Evaluation by COCO's own code."""
-
-    def index(self, content: dict) -> COCO:
-        coco = COCO()
-        coco.dataset = content
-        with contextlib.redirect_stdout(io.StringIO()):
-            coco.createIndex()
-        return coco
-
-    def detections(self, truth: COCO, rows: np.ndarray, codes: list[dict]) -> COCO:
-        if not len(rows):
-            return self.index({**truth.dataset, "annotations": []})
-        records = rows
-        if codes:
-            fields = zip(rows[:, 0].tolist(), rows[:, 5].tolist(), rows[:, 6].tolist(), codes, strict=True)
-            records = [
-                {"image_id": int(i), "category_id": int(label), "score": score, "segmentation": code}
-                for i, score, label, code in fields
-            ]
-        with contextlib.redirect_stdout(io.StringIO()):
-            return truth.loadRes(records)
-
-    def evaluation(self, truth: COCO, found: COCO, iou_type: str) -> COCOeval:
-        return COCOeval(truth, found, iou_type)
-
-
-def _pick_backend(name: str) -> _Hotcoco | _Pycocotools:
-    name = "auto" if name == "faster" else name  # the name that older command lines used
-    if name not in BACKENDS:
-        raise ValueError(f"no evaluation code {name!r}: choose {', '.join(BACKENDS)}")
-    installed = importlib.util.find_spec("hotcoco") is not None
-    return _Hotcoco() if name == "hotcoco" or (name == "auto" and installed) else _Pycocotools()
 
 
 def _as_arrays(result: dict[str, Tensor], masks: bool, keypoints: bool = False) -> dict[str, np.ndarray]:

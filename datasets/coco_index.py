@@ -87,36 +87,33 @@ class Rows:
     malformed: list = field(default_factory=list)
     bad_masks: list = field(default_factory=list)
 
+    # Columns may differ in length after a record that cannot be read: the file is refused then.
+
     def image(self, record: dict) -> None:
         """Add a record of `images`."""
         try:
-            row = (whole(record["id"]), str(record["file_name"]))
-            size = array("i", [whole(record.get("height") or 0), whole(record.get("width") or 0)])
-        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+            self.image_ids.append(whole(record["id"]))
+            self.file_names.append(str(record["file_name"]))
+            self.sizes.append(whole(record.get("height") or 0))
+            self.sizes.append(whole(record.get("width") or 0))
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             self.malformed.append(f"{shortened(record)}: {error!r}")
-            return
-        self.image_ids.append(row[0])
-        self.file_names.append(row[1])
-        self.sizes.extend(size)
 
     def annotation(self, record: dict) -> None:
         """Add a record of an instances file's `annotations`."""
         try:
-            x, y, w, h = array("f", record["bbox"])
-            owner, label = whole(record["image_id"]), whole(record["category_id"])
-            crowd = array("b", [whole(record.get("iscrowd") or 0)])
+            x, y, w, h = record["bbox"]
+            self.boxes.extend((x, y, w, h))
+            self.owners.append(whole(record["image_id"]))
+            self.labels.append(whole(record["category_id"]))
+            self.iscrowd.append(whole(record.get("iscrowd") or 0))
             area = record.get("area")
-            area = array("f", [w * h if area is None else area])
+            self.area.append(w * h if area is None else area)
         except (KeyError, TypeError, ValueError, OverflowError) as error:
             self.malformed.append(f"{shortened(record)}: {error!r}")
             return
         if self.segmentations is not None:
-            self._segmentation(record.get("segmentation"), owner)
-        self.owners.append(owner)
-        self.labels.append(label)
-        self.boxes.extend((x, y, w, h))
-        self.area.extend(area)
-        self.iscrowd.extend(crowd)
+            self._segmentation(record.get("segmentation"), self.owners[-1])
 
     def _segmentation(self, value, owner: int) -> None:
         try:

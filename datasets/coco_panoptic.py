@@ -11,7 +11,7 @@ from torch import Tensor
 from datasets.coco import (
     NEW_FLAGS,
     CocoDetection,
-    dataset_options,
+    build_options,
     index_coco,
     load_coco_api,
     make_coco_transforms,
@@ -153,7 +153,7 @@ def build(image_set: str, args) -> CocoPanoptic:
     `annotations/instances_{image_set}2017.json`, the objects for AP. `--{image_set}_images` and
     `--{image_set}_annotations` override these two. `num_classes` defaults to 250.
     """
-    args = with_defaults(args, {**NEW_FLAGS, "coco_panoptic_path": None})
+    args = with_defaults(args, {**NEW_FLAGS, "coco_path": None, "coco_panoptic_path": None})
     return build_panoptic(image_set, args, args.num_classes or COCO_CLASSES)
 
 
@@ -171,5 +171,5 @@ def build_panoptic(image_set: str, args, num_classes: int | None) -> CocoPanopti
         maps / f"panoptic_{image_set}2017",
         maps / "annotations" / f"panoptic_{image_set}2017.json",
         instances_file=getattr(args, f"{image_set}_annotations", None) or (usual if usual.is_file() else None),
-        **{**dataset_options(image_set, args), "num_classes": num_classes},
+        **{**build_options(image_set, args), "num_classes": num_classes},
     )

@@ -42,10 +42,11 @@ def usable_polygons(segmentation: list) -> list[list[float]]:
         if len(polygon) < 6:
             continue
         try:
-            total, largest = sum(polygon), max(max(polygon), -min(polygon))
+            finite = math.isfinite(sum(polygon))  # comparisons alone may miss NaN
+            usable = finite and min(polygon) > -LARGEST_COORDINATE and max(polygon) < LARGEST_COORDINATE
         except TypeError:
             raise ValueError("a polygon coordinate that is not a number") from None
-        if not math.isfinite(total) or largest > LARGEST_COORDINATE:
+        if not usable:
             raise ValueError(f"a polygon coordinate that is not finite or beyond {LARGEST_COORDINATE}")
         polygons.append(polygon)
     if not polygons:

@@ -78,8 +78,7 @@ def test_dataset_added_to_the_table_is_built_by_its_function(monkeypatch):
 
 
 def test_number_of_classes_is_that_of_flag_checkpoint_dataset_or_coco():
-    args, data = SimpleNamespace(dataset_file="coco", num_classes=5), SimpleNamespace(num_classes=7)
-    assert num_classes_of(args, 6, data) == 5
-    args.num_classes = None
-    assert num_classes_of(args, 6, data) == 6 and num_classes_of(args, None, data) == 7 and num_classes_of(args) == 91
-    assert num_classes_of(SimpleNamespace(dataset_file="coco_panoptic")) == 250
+    data = SimpleNamespace(num_classes=7)
+    assert num_classes_of(5, 6, data) == 5 and num_classes_of(None, 6, data) == 6
+    assert num_classes_of(None, None, data) == 7 and num_classes_of() == 91
+    assert num_classes_of(dataset_file="coco_panoptic") == 250

@@ -1,0 +1,102 @@
+"""The packages that compute COCO's AP, hotcoco and pycocotools, and the ground truth they are given."""
+
+import contextlib
+import importlib.util
+import io
+
+import numpy as np
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+
+BACKENDS = ("auto", "hotcoco", "pycocotools")
+LARGEST_EXACT = 2**53  # larger image ids are not exact as floats, which evaluation code uses
+
+
+def ground_truth(coco_gt) -> dict:
+    """Return images, categories and annotations of an index in COCO's format.
+
+    The index's own methods decide what they are; one without methods has at least `imgs`, `cats` and `anns`.
+    """
+    if hasattr(coco_gt, "getAnnIds"):
+        image_ids, category_ids = list(coco_gt.getImgIds()), list(coco_gt.getCatIds())
+        annotations = coco_gt.loadAnns(coco_gt.getAnnIds(imgIds=image_ids, catIds=category_ids))
+    else:
+        image_ids, category_ids, annotations = list(coco_gt.imgs), list(coco_gt.cats), list(coco_gt.anns.values())
+    sizes = [{name: side for name, side in coco_gt.imgs[i].items() if name in ("height", "width")} for i in image_ids]
+    names = {i: str(coco_gt.cats[i].get("name", i)) if i in coco_gt.cats else str(i) for i in category_ids}
+    return {
+        "images": [{"id": i, **size} for i, size in zip(image_ids, sizes, strict=True)],
+        "categories": [{"id": i, "name": name} for i, name in names.items()],
+        "annotations": [dict(record) for record in annotations],  # pycocotools writes into them
+    }
+
+
+def renumber(truth: dict) -> dict[int, int]:
+    """Replace image ids too large for evaluation code by small ones; return the id in use by the original id."""
+    image_ids = [image["id"] for image in truth["images"]]
+    if max(image_ids, default=0) < LARGEST_EXACT:
+        return {image_id: image_id for image_id in image_ids}
+    numbers = {image_id: n for n, image_id in enumerate(sorted(image_ids), start=1)}
+    for image in truth["images"]:
+        image["id"] = numbers[image["id"]]
+    for record in truth["annotations"]:
+        record["image_id"] = numbers[record["image_id"]]
+    return numbers
+
+
+class Hotcoco:
+    """Evaluation by hotcoco, which takes detections as one array."""
+
+    def index(self, content: dict):
+        import hotcoco
+
+        return hotcoco.COCO(content)
+
+    def detections(self, truth, rows: np.ndarray, codes: list[dict]):
+        found = truth.load_res(rows, segmentation=codes or None)
+        if codes:  # otherwise the areas would be those of the boxes
+            import hotcoco
+
+            found.update_anns(ids=np.arange(1, len(codes) + 1), area=hotcoco.mask.area(codes))
+        return found
+
+    def evaluation(self, truth, found, iou_type: str):
+        import hotcoco
+
+        return hotcoco.COCOeval(truth, found, iou_type)
+
+
+class Pycocotools:
+    """Evaluation by COCO's own code."""
+
+    def index(self, content: dict) -> COCO:
+        coco = COCO()
+        coco.dataset = content
+        with contextlib.redirect_stdout(io.StringIO()):
+            coco.createIndex()
+        return coco
+
+    def detections(self, truth: COCO, rows: np.ndarray, codes: list[dict]) -> COCO:
+        if not len(rows):
+            return self.index({**truth.dataset, "annotations": []})
+        records = rows
+        if codes:
+            fields = zip(rows[:, 0].tolist(), rows[:, 5].tolist(), rows[:, 6].tolist(), codes, strict=True)
+            records = [
+                {"image_id": int(i), "category_id": int(label), "score": score, "segmentation": code}
+                for i, score, label, code in fields
+            ]
+        with contextlib.redirect_stdout(io.StringIO()):
+            return truth.loadRes(records)
+
+    def evaluation(self, truth: COCO, found: COCO, iou_type: str) -> COCOeval:
+        return COCOeval(truth, found, iou_type)
+
+
+def pick_backend(name: str) -> Hotcoco | Pycocotools:
+    """Return the evaluation code of a name; "auto" is hotcoco where it is installed."""
+    name = "auto" if name == "faster" else name  # the name that older command lines used
+    if name not in BACKENDS:
+        raise ValueError(f"no evaluation code {name!r}: choose {', '.join(BACKENDS)}")
+    installed = importlib.util.find_spec("hotcoco") is not None
+    return Hotcoco() if name == "hotcoco" or (name == "auto" and installed) else Pycocotools()
