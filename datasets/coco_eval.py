@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -42,6 +43,7 @@ class CocoEvaluator:
             self._backend = pick_backend(backend)
             truth = ground_truth(coco_gt)
             self._numbers = renumber(truth)  # of each image id: the id in `coco_eval`
+            self._objects = Counter(record["image_id"] for record in truth["annotations"])
             self._category_ids = [category["id"] for category in truth["categories"]]
             self._truth = self._backend.index(truth)
             for iou_type in self.iou_types:
@@ -97,6 +99,13 @@ class CocoEvaluator:
                 logger.warning(
                     f"AP ({iou_type}) is -1: the {len(self.results)} evaluated images have no annotated object of "
                     "the evaluated categories (crowds do not count)"
+                )
+            limit = max(evaluation.params.maxDets)
+            crowded = [image_id for image_id, number in self._numbers.items() if self._objects[number] > limit]
+            if crowded:
+                logger.warning(
+                    f"{len(crowded)} images have more than {limit} objects, but AP counts only the {limit} best "
+                    f"detections of an image (coco_eval[{iou_type!r}].params.maxDets): {crowded[:5]}"
                 )
         return stats
 

@@ -4,11 +4,13 @@ pycocotools keeps every annotation as a dict: 2.5 GB for COCO's train2017, copie
 a hundredth of that and are shared.
 """
 
+import unicodedata
 from array import array
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
+from urllib.parse import unquote
 
 import numpy as np
 
@@ -231,15 +233,26 @@ def check_against_folder(
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: no such folder of {what} (annotations: {index.path})")
     listings: dict[Path, set[str]] = {}  # one listing per folder is faster than one question per file
+
+    def files_in(parent: Path) -> set[str]:
+        if parent not in listings:
+            listings[parent] = {entry.name for entry in parent.iterdir()} if parent.is_dir() else set()
+        return listings[parent]
+
     absent = []
-    for name in index.file_names if names is None else names:
-        path = folder / str(name)
-        if path.parent not in listings:
-            there = path.parent.iterdir() if path.parent.is_dir() else ()
-            listings[path.parent] = {entry.name for entry in there}
-        if path.name not in listings[path.parent]:
-            absent.append(str(name))
+    for name in map(str, index.file_names if names is None else names):
+        path = folder / name
+        if path.name not in files_in(path.parent):
+            similar = folder / unquote(name.replace("\\", "/"))
+            same = [there for there in files_in(similar.parent) if _plain(there) == _plain(similar.name)]
+            hint = f" (did you mean {(similar.parent / same[0]).relative_to(folder)}?)" if same else ""
+            absent.append(name + hint)
     report(index.path, [(f"{what} that are not in {folder}", absent)])
+
+
+def _plain(name: str) -> str:
+    """Return a file name without differences of case or Unicode form."""
+    return unicodedata.normalize("NFC", name).casefold()
 
 
 def check_sizes(index: CocoIndex) -> None:

@@ -138,9 +138,10 @@ def report(path: str | Path, problems: Iterable[tuple[str, Iterable]]) -> None:
         examples = list(examples)
         if examples:
             more = ", ..." if len(examples) > SHOWN else ""
-            lines.append(f"  {len(examples)} {what}: {', '.join(map(str, examples[:SHOWN]))}{more}")
+            lines.append(f"{len(examples)} {what}: {', '.join(map(str, examples[:SHOWN]))}{more}")
     if lines:
-        raise ValueError("\n".join([f"{path} cannot be used:", *lines]))
+        between = " " if len(lines) == 1 else "\n  "
+        raise ValueError(between.join([f"{path} cannot be used:", *lines]))
 
 
 def is_whole(value) -> bool:

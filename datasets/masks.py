@@ -127,7 +127,7 @@ def read_segment_ids(file: str | Path | BinaryIO) -> np.ndarray:
             colours = np.asarray(image.convert("RGB"), dtype=np.int64)
     except FileNotFoundError:
         raise FileNotFoundError(f"{file}: no such panoptic map") from None
-    except (OSError, SyntaxError, ValueError) as error:
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ValueError(f"{file}: not a readable panoptic map ({error})") from error
     return colours @ np.array([1, 256, 256**2])
 

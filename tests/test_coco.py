@@ -3,6 +3,8 @@
 import copy
 import json
 import random
+import re
+import unicodedata
 
 import numpy as np
 import pytest
@@ -429,3 +431,15 @@ def test_slivers_beside_a_polygon_are_ignored(coco_root):
     change(coco_root, lambda c: [a.update(segmentation=[*TRIANGLE, [1, 2, 3, 4]]) for a in c["annotations"]])
     masks = plain(coco_root, return_masks=True)[0][1]["masks"]
     assert torch.equal(masks, convert_coco_poly_to_mask([TRIANGLE, TRIANGLE], 48, 64))
+
+
+@pytest.mark.parametrize("on_disk, listed", [
+    ("images/a.jpg", "images\\a.jpg"), ("my photo.jpg", "my%20photo.jpg"), ("b.JPG", "b.jpg"),
+    (unicodedata.normalize("NFC", "Küche.jpg"), unicodedata.normalize("NFD", "Küche.jpg")),
+])  # fmt: skip
+def test_image_under_a_similar_name_is_suggested(coco_root, on_disk, listed):
+    (coco_root / "train2017/images").mkdir()
+    (coco_root / "train2017/000000000011.jpg").rename(coco_root / "train2017" / on_disk)
+    change(coco_root, lambda c: c["images"][0].update(file_name=listed))
+    with pytest.raises(ValueError, match=re.escape(f"{listed} (did you mean {on_disk}?)")):
+        plain(coco_root)

@@ -286,3 +286,14 @@ def test_functions_of_the_old_evaluator_give_the_same_ap(truth):
     coco_eval.create_common_coco_eval(whole, [i for ids, _ in parts for i in ids], matches)
     whole.accumulate()
     assert np.array_equal(whole.eval["precision"], expected.coco_eval["bbox"].eval["precision"])
+
+
+def test_images_with_more_objects_than_ap_counts_are_named(capsys):
+    boxes = [[k % 15 * 8, k // 15 * 9, 6, 7] for k in range(101)]
+    annotations = [{"image_id": 5, "category_id": 1, "bbox": box, "area": 42, "iscrowd": 0} for box in boxes]
+    content = {"images": [{"id": 5}], "annotations": annotations, "categories": [{"id": 1, "name": "a"}]}
+    numbers(index_coco(content), {5: {}})
+    assert "1 images have more than 100 objects" in capsys.readouterr().out
+    content["annotations"] = annotations[:100]
+    numbers(index_coco(content), {5: {}})
+    assert "more than 100 objects" not in capsys.readouterr().out
