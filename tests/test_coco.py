@@ -159,13 +159,13 @@ def test_whole_numbers_may_be_written_as_fractions(coco_root):
     (lambda c: c.update(images=[], annotations=[]), "no images at all"),
     (lambda c: c.pop("categories"), "not a COCO instances file: no list named 'categories'"),
 ])  # fmt: skip
-def test_what_cannot_be_used_is_refused_with_counts_and_culprits(coco_root, edit, words):
+def test_unusable_annotations_are_refused_with_counts_and_examples(coco_root, edit, words):
     change(coco_root, edit)
     with pytest.raises(ValueError, match=f"(?s)instances_train2017.json.*{words}"):
         plain(coco_root)
 
 
-def test_all_problems_are_told_at_once(coco_root):
+def test_all_problems_are_reported_together(coco_root):
     def edit(content):
         content["annotations"][0].update(category_id=9)
         content["annotations"][1].update(image_id=77)
@@ -184,13 +184,13 @@ def test_a_class_id_equal_to_k_is_refused_and_holes_are_not(coco_root):
 
 
 @pytest.mark.parametrize("text, words", [("[1, 2]", "not a COCO"), ("{broken", "not a JSON"), ('{"a": 1}', "'images'")])
-def test_a_json_of_another_kind(coco_root, text, words):
+def test_json_of_another_kind_is_refused(coco_root, text, words):
     (coco_root / "annotations/instances_train2017.json").write_text(text)
     with pytest.raises(ValueError, match=f"instances_train2017.json.*{words}"):
         plain(coco_root)
 
 
-def test_a_path_that_leads_nowhere_is_named(coco_root, tmp_path):
+def test_missing_paths_are_named(coco_root, tmp_path):
     with pytest.raises(FileNotFoundError, match="nowhere"):
         build_dataset("train", parse(f"--coco_path {tmp_path}/nowhere"))
     with pytest.raises(ValueError, match="--coco_path"):
@@ -325,7 +325,7 @@ def test_item_of_another_size_than_listed_raises(coco_root):
         plain(coco_root).sizes  # noqa: B018
 
 
-def test_a_loop_that_does_not_count_epochs_gets_new_draws_all_the_same(coco_root):
+def test_augmentation_without_set_epoch_varies_between_calls(coco_root):
     dataset = plain(coco_root, transforms=make_coco_transforms("train", 64, 96))
     assert len({dataset[0][0].shape for _ in range(20)}) > 3
     dataset.set_epoch(0)
@@ -340,7 +340,7 @@ def test_transforms_written_for_pil_images_take_its_items(coco_root):
     assert 0 < target["boxes"].min() and target["boxes"].max() < 1
 
 
-def test_other_programs_args_may_be_a_dict_and_lack_what_is_ours(coco_root):
+def test_args_may_be_a_dict_without_the_new_flags(coco_root):
     assert len(build_dataset("val", {"dataset_file": "coco", "coco_path": str(coco_root), "masks": False})) == 3
 
 

@@ -71,7 +71,7 @@ def test_the_order_of_the_file_does_not_matter(tmp_path):
         assert [t["boxes"][:, 1].tolist() for t in targets] == [[0, 6], [6, 0]]
 
 
-def test_without_masks_the_maps_stay_closed_and_boxes_are_the_same(root):
+def test_without_masks_maps_are_not_read_and_boxes_are_the_same(root):
     with_masks = raw(root)[1][1]
     for path in (root / "panoptic_val2017").iterdir():
         path.write_bytes(b"")
@@ -80,7 +80,7 @@ def test_without_masks_the_maps_stay_closed_and_boxes_are_the_same(root):
     assert all(torch.equal(target[name], with_masks[name]) for name in target)
 
 
-def test_flags_build_it_with_coco_room_for_classes(root):
+def test_build_from_flags_has_250_classes(root):
     args = parse(f"--dataset_file coco_panoptic --coco_path {root} --masks")
     args.image_dtype = "uint8"
     data = build_dataset("val", args)
@@ -109,7 +109,7 @@ def test_objects_that_all_vanish_in_the_crop_leave_an_empty_target(tmp_path):
     assert seen == {0, 1}
 
 
-def test_ap_is_judged_by_the_instances_file_or_else_by_the_things(root):
+def test_ap_uses_the_instances_file_or_else_the_things(root):
     coco = get_coco_api_from_dataset(built("val", root, "--masks"))
     assert sorted(coco.cats) == [1, 2] and [a["iscrowd"] for a in coco.imgToAnns[20]] == [0, 1, 0, 0]
     ids = scene()[0]
@@ -182,7 +182,7 @@ def test_annotations_that_cannot_be_used_are_named(root, change, words):
         raw(root)
 
 
-def test_paths_that_lead_nowhere_are_named(root, tmp_path):
+def test_missing_paths_are_named(root, tmp_path):
     with pytest.raises(ValueError, match="--coco_path"):
         build("val", parse("--dataset_file coco_panoptic"))
     with pytest.raises(FileNotFoundError, match="--coco_panoptic_path .*nowhere"):

@@ -82,3 +82,10 @@ def test_number_of_classes_is_that_of_flag_checkpoint_dataset_or_coco():
     assert num_classes_of(5, 6, data) == 5 and num_classes_of(None, 6, data) == 6
     assert num_classes_of(None, None, data) == 7 and num_classes_of() == 91
     assert num_classes_of(dataset_file="coco_panoptic") == 250
+
+
+def test_panoptic_quality_is_logged_by_group():
+    result = {"All": {"pq": 0.1}, "Things": {"pq": 0.2}, "Stuff": {"pq": 0.3}, "per_class": {}}
+    quality = evaluators.PanopticQuality(None, SimpleNamespace(summarize=lambda: result))
+    assert quality.summarize() == {"PQ_all": {"pq": 0.1}, "PQ_th": {"pq": 0.2}, "PQ_st": {"pq": 0.3}}
+    assert evaluators.PanopticQuality(None, SimpleNamespace(summarize=lambda: None)).summarize() == {}

@@ -40,12 +40,12 @@ def test_polygons_and_runs_compressed_or_not_are_the_same_mask():
     ({"size": [6, 8], "counts": "abc"}, "compressed text"), ({"size": [6, 8], "counts": ""}, "compressed text"),
     ({"size": [6, 8], "counts": [-8, 56]}, "48 pixels"), ({"size": [6, 8], "counts": [24.5, "x"]}, "not whole numbers"),
 ])  # fmt: skip
-def test_what_is_no_mask_is_named(broken, words):
+def test_broken_masks_are_named(broken, words):
     with pytest.raises(ValueError, match=f"a.json: image 7: segmentation 1 .*{words}"):
         decode_masks([[[2, 1, 7, 1, 7, 4, 2, 4]], broken], 6, 8, "a.json: image 7")
 
 
-def test_overlapping_masks_and_single_pixels_survive_the_way_out_and_in():
+def test_encoded_masks_decode_to_the_same_pixels():
     masks = torch.zeros(4, 6, 8, dtype=torch.bool)
     masks[0, 1:4, 2:7] = masks[1, 2:6, :5] = masks[2, 5, 7] = True  # the last is empty
     codes = encode_masks(masks)

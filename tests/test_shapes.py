@@ -12,7 +12,7 @@ def files(root):
     return {p.relative_to(root): p.read_bytes() for p in sorted(root.rglob("*")) if p.is_file()}
 
 
-def test_the_same_numbers_give_the_same_files(tmp_path):
+def test_the_same_settings_give_the_same_files(tmp_path):
     for name in ("a", "b"):
         shapes.generate(tmp_path / name, {"train": 4, "val": 2}, 64, 3, seed=5)
     shapes.generate(tmp_path / "c", {"train": 4, "val": 2}, 64, 3, seed=6)
@@ -24,7 +24,7 @@ def test_the_same_numbers_give_the_same_files(tmp_path):
     )
 
 
-def test_scenes_hold_what_training_meets():
+def test_scenes_have_crowds_overlaps_and_all_sizes():
     scenes = [shapes.draw_scene(np.random.default_rng(i), 192, 4) for i in range(200)]
     records = [[r for r in found if r["category_id"] <= 4] for _, _, found in scenes]
     areas = [r["area"] for found in records for r in found]
@@ -87,7 +87,7 @@ def test_too_many_classes_are_refused(tmp_path):
         shapes.generate(tmp_path / "s", {"train": 1}, 64, classes=9)
 
 
-def test_a_folder_of_other_numbers_is_not_taken_for_what_was_asked(tmp_path):
+def test_a_folder_of_other_settings_is_refused(tmp_path):
     counts, root = {"train": 2, "val": 1}, tmp_path / "made"
     root.mkdir()  # empty: room to draw in
     shapes.generate(root, counts, 64, 3)
