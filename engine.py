@@ -63,9 +63,9 @@ def train_one_epoch(
         norm = None
         if closes:
             scaler.unscale_(optimizer)
-            norm = clip_gradients(model, max_norm)
-        values, norm = loss_values_and_norm(losses, criterion.weight_dict, norm)
-        finite = math.isfinite(values["loss"]) and math.isfinite(norm)
+            norm = gradient_norm(model)
+        values, norm_value = loss_values_and_norm(losses, criterion.weight_dict, norm)
+        finite = math.isfinite(values["loss"]) and math.isfinite(norm_value)
         overflows = 0 if finite else overflows + 1
         where = f"epoch {epoch}, step {done + step}, images {ids}"
         if not finite and (not scaler.is_enabled() or overflows >= MAX_OVERFLOWS):
@@ -75,6 +75,8 @@ def train_one_epoch(
         else:
             logger.info(f"{where}: overflow in fp16, step skipped")
         if closes:
+            if max_norm > 0:
+                nn.utils.clip_grads_with_norm_(model.parameters(), max_norm, norm)
             scaler.step(optimizer)
             scaler.update()
             optimizer.zero_grad()
@@ -84,10 +86,8 @@ def train_one_epoch(
     return metrics.averages()
 
 
-def clip_gradients(model: nn.Module, max_norm: float) -> Tensor:
-    """Clip the gradients to a norm of `max_norm` (0: not at all); return the norm they had."""
-    if max_norm > 0:
-        return nn.utils.clip_grad_norm_(model.parameters(), max_norm)
+def gradient_norm(model: nn.Module) -> Tensor:
+    """Return the norm of all gradients together."""
     return nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
 
 

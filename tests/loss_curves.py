@@ -1,4 +1,4 @@
-"""Train the same steps as this project does, and plainly, and lay the loss curves on each other.
+"""Train the same steps in this project's way and in plain PyTorch, and compare the loss curves.
 
 python -m tests.loss_curves curves.png --steps 200 --ways plain fast bf16 compiled --coco_path COCO --device cpu
 
@@ -26,13 +26,26 @@ from models.attention import Attention
 from util.nested_tensor import NestedTensor
 
 
+class LossRecorder:
+    """Stands in for `util.run.Run`: record the sum of the losses after each step."""
+
+    batches_done, sums = 0, {}
+
+    def __init__(self):
+        self.totals = [0.0]
+
+    def after_step(self, _, metrics) -> None:
+        """Append the epoch's sum so far to that of the epochs before."""
+        self.totals.append(self.before + metrics.sums()["loss"][0])
+
+
 def curve(args: argparse.Namespace, way: str, steps: int) -> list[float]:
     """Return the losses of the first steps: plain, fast, bf16 or compiled."""
     torch.manual_seed(args.seed)
     train_set = build_dataset("train", args)
     args.num_classes = args.num_classes or train_set.num_classes
     model, criterion, _ = build_model(args)
-    device, totals = torch.device(args.device), [0.0]
+    device, recorder = torch.device(args.device), LossRecorder()
     optimizer = build_run(args, model.to(device), train_set).optimizer
     batches = build_train_loader(train_set, args, device)
     if way == "plain":
@@ -46,16 +59,15 @@ def curve(args: argparse.Namespace, way: str, steps: int) -> list[float]:
         for epoch in range(-(-steps // len(batches))):
             train_set.set_epoch(epoch)
             batches.batch_sampler.set_epoch(epoch)
-            loader = list(batches)[: steps - len(totals) + 1]
+            loader = list(batches)[: steps - len(recorder.totals) + 1]
             if way == "plain":
                 loader = [(normalised(samples), targets) for samples, targets in loader]
-            before = totals[-1]
+            recorder.before = recorder.totals[-1]
             train_one_epoch(
                 model, criterion, loader, optimizer, device, epoch, args.clip_max_norm, print_freq=50,
-                amp="bf16" if way == "bf16" else None,
-                after_step=lambda _, metrics: totals.append(before + metrics.sums()["loss"][0]),  # noqa: B023
+                amp="bf16" if way == "bf16" else None, state=recorder,
             )  # fmt: skip
-    return np.diff(totals).tolist()
+    return np.diff(recorder.totals).tolist()
 
 
 @contextmanager

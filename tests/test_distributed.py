@@ -27,7 +27,7 @@ def launch(words: list[str], processes: int = 2, **environment) -> subprocess.Co
 
 
 def run_together(flags: str, processes: int = 2) -> str:
-    done = launch(["main.py", *TINY.split(), *flags.split()], processes, TORCH_DISTRIBUTED_DEBUG="DETAIL")
+    done = launch(["main.py", *TINY.split(), *flags.split()], processes)
     assert done.returncode == 0, done.stderr[-3000:]
     assert not re.search("warn|unused|mismatch", done.stderr, re.IGNORECASE), done.stderr
     return done.stdout
@@ -112,8 +112,8 @@ def test_what_is_printed_is_the_mean_of_all_processes(trained):
     assert printed[1] == printed[2]
 
 
-def test_a_failing_process_takes_the_other_down_with_its_own_error():
-    """Without a launcher that would end the others: Slurm's variables, as `srun` sets them."""
+def test_an_error_in_one_process_ends_the_other_without_a_launcher():
+    """Slurm's variables, as `srun` sets them: the other's next collective call fails."""
     free = socket.create_server(("127.0.0.1", 0))
     port = free.getsockname()[1]
     free.close()
@@ -124,12 +124,42 @@ def test_a_failing_process_takes_the_other_down_with_its_own_error():
             env=env | {"SLURM_PROCID": str(rank)}, text=True, stderr=subprocess.PIPE,
         ) for rank in (0, 1)
     ]  # fmt: skip
-    heard = [process.communicate(timeout=120)[1] for process in ranks]
+    errors = [process.communicate(timeout=60)[1] for process in ranks]
     assert all(process.returncode for process in ranks)
-    assert "ZeroDivisionError: the second process is broken" in heard[1]
-    assert "leaving, because of rank 1: ZeroDivisionError: the second process is broken" in heard[0]
+    assert "ZeroDivisionError: the second process is broken" in errors[1] and "RuntimeError" in errors[0]
     done = launch(["-m", "tests.train_fixed", "nowhere", "1", "fail"])
     assert done.returncode and "ZeroDivisionError: the second process is broken" in done.stderr
+
+
+DIE = """
+import os, signal, sys
+import engine, main
+from tests.helpers import parse
+
+norm, steps = engine.gradient_norm, []
+
+def gradient_norm(model):
+    steps.append(1)
+    if len(steps) == 4 and os.environ["RANK"] == sys.argv[1]:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return norm(model)
+
+engine.gradient_norm = gradient_norm
+main.main(parse(" ".join(sys.argv[2:])))
+"""
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_killed_process_ends_the_run_within_a_minute(trained, tmp_path, rank):
+    root, flags = trained
+    (tmp_path / "die.py").write_text(DIE)
+    words = [str(tmp_path / "die.py"), str(rank), *flags.split(), "--batch_size", "1", "--epochs", "9"]
+    start = time.monotonic()
+    done = launch([*words, "--output_dir", str(tmp_path / "run")], PYTHONPATH=str(Path(main.__file__).parent))
+    assert done.returncode and "SIGKILL" in done.stderr and time.monotonic() - start < 60
+    state = torch.load(tmp_path / "run" / "checkpoint.pth", weights_only=True)
+    position = state["epoch"], state["seen"]
+    assert position == ((0, 2) if rank == 1 else (0, 0))  # the main process saves when another one dies
 
 
 def test_another_number_of_processes_goes_on_and_says_so(trained, tmp_path):

@@ -101,22 +101,22 @@ def test_a_resumed_run_gives_the_same_bits(finished):
 
 def interrupt(monkeypatch, where, action):
     """Run an action in the middle of a step, before the weights change; the step is named as in `epoch 1, step 0`."""
-    clip, place = engine.clip_gradients, {"epoch": None, "step": 0}
+    norm_of, place = engine.gradient_norm, {"epoch": None, "step": 0}
     train = main.train_one_epoch
 
     def train_one_epoch(*args, state=None, **options):
         place.update(epoch=args[5], step=state.batches_done)
         return train(*args, state=state, **options)
 
-    def clip_gradients(*args):
-        norm = clip(*args)
+    def gradient_norm(model):
+        norm = norm_of(model)
         if where in (f"epoch {place['epoch']}", f"epoch {place['epoch']}, step {place['step']}"):
             action()
         place["step"] += 1
         return norm
 
     monkeypatch.setattr(main, "train_one_epoch", train_one_epoch)
-    monkeypatch.setattr(engine, "clip_gradients", clip_gradients)
+    monkeypatch.setattr(engine, "gradient_norm", gradient_norm)
 
 
 def assert_same_run(whole, pieces):
@@ -180,7 +180,7 @@ def test_an_error_ends_the_process_though_it_has_workers(finished, tmp_path):
     _, flags = finished
     (tmp_path / "broken.py").write_text(
         "import engine, main, sys\n"
-        "engine.clip_gradients = lambda *_: 1 / 0\n"
+        "engine.gradient_norm = lambda *_: 1 / 0\n"
         "main.main(main.argparse.ArgumentParser(parents=[main.get_args_parser()]).parse_args())\n"
     )
     command = [sys.executable, str(tmp_path / "broken.py"), *TINY.split(), *flags.split(), "--num_workers", "2"]

@@ -1,5 +1,8 @@
 import argparse
 import json
+import pickle
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -7,7 +10,7 @@ import torch
 import util.misc as utils
 from util import plot_utils
 from util.dist import init_distributed_mode, pick_device, process_info_from_environment, reduce_dict
-from util.logger import MetricLogger, SmoothedValue
+from util.logger import MetricLogger, SmoothedValue, finite_or_null, logger
 
 
 def test_smoothed_value_keeps_a_window_and_the_whole():
@@ -16,16 +19,29 @@ def test_smoothed_value_keeps_a_window_and_the_whole():
         value.update(number)
     value.update(4.0, n=2)
     assert (value.median, value.avg, value.max, value.value) == (4, 17 / 3, 10, 4)
-    assert value.global_avg == pytest.approx(24 / 6)
+    assert value.global_avg == pytest.approx(24 / 6) and list(value.deque) == [3, 10, 4]
+    value.synchronize_between_processes()
+    assert value.count == 6
     assert str(value) == "4.0000 (4.0000)" and str(SmoothedValue()) == "-"
 
 
 def test_metric_logger_takes_tensors_and_yields_everything(caplog):
+    caplog.set_level("INFO", "detr")
     metrics = MetricLogger()
     for i in metrics.log_every(range(5), 2, "Head:"):
         metrics.update(loss=torch.tensor(float(i)), lr=0.1)
     assert metrics.averages() == {"loss": 2, "lr": pytest.approx(0.1)}
-    assert list(metrics.log_every([], 1, "Nothing:")) == []
+    assert list(metrics.log_every([], 1)) == []
+    assert metrics.loss.global_avg == 2 and "Head:" in caplog.text
+    with pytest.raises(AttributeError, match="'absent'"):
+        _ = metrics.absent
+    assert pickle.loads(pickle.dumps(metrics)).loss.count == 5
+
+
+def test_averages_leave_out_series_without_values():
+    metrics = MetricLogger()
+    metrics.add_meter("class_error", SmoothedValue())
+    assert metrics.averages() == {}
 
 
 def test_the_launcher_is_read_from_the_environment(monkeypatch):
@@ -54,6 +70,34 @@ def test_the_old_address_still_works(monkeypatch):
     assert utils.get_sha().startswith("sha: ")
     assert reduce_dict({"a": torch.ones(1)}) == {"a": torch.ones(1)}
     assert all(hasattr(utils, name) for name in utils.__all__)
+    assert utils._max_by_axis([[3, 4, 9], [3, 7, 2]]) == [3, 7, 9]
+    nested = utils._onnx_nested_tensor_from_tensor_list([torch.ones(3, 2, 2), torch.ones(3, 1, 3)])
+    assert nested.tensors.shape == (2, 3, 2, 3)
+
+
+def test_setup_for_distributed_silences_the_other_processes(caplog):
+    level = logger.level
+    for is_master in (True, False):
+        utils.setup_for_distributed(is_master)
+        logger.info("from the main process" if is_master else "from another process")
+    logger.setLevel(level)
+    assert "from the main process" in caplog.text and "another" not in caplog.text
+
+
+@pytest.mark.parametrize("output", ["closed", "full"])
+def test_logging_to_an_output_that_fails_does_not_raise(output):
+    code = "from util.logger import configure_logging, logger\nconfigure_logging()\nimport sys\n"
+    code += "for i in range(1000): logger.info('x' * 1000)\nprint('a print')\nsys.stderr.write('end')"
+    redirect = "| head -n 1" if output == "closed" else "> /dev/full"
+    command = ["bash", "-o", "pipefail", "-c", f'"$0" -c "$1" {redirect}', sys.executable, code]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.startswith("standard output cannot be written") and done.stderr.endswith("end")
+
+
+def test_finite_or_null_replaces_what_json_lacks():
+    row = {"a": float("nan"), "b": [1.5, float("inf")], "c": {"d": 1, "e": "x"}}
+    assert finite_or_null(row) == {"a": None, "b": [1.5, None], "c": {"d": 1, "e": "x"}}
 
 
 def test_accuracy_in_percent():
@@ -75,6 +119,7 @@ def test_logs_are_drawn_also_with_gaps_and_a_torn_last_line(tmp_path):
         {"epoch": e, "train_loss": 9.0 - e, "test_loss": 8.0, "test_coco_eval_bbox": [0.1 * e] * 12} for e in range(4)
     ]
     del rows[1]["test_coco_eval_bbox"]
+    rows[3:3] = [[1], 5, {"note": 1}, {"epoch": 2, "train_loss": None, "test_coco_eval_bbox": None}]
     (tmp_path / "log.txt").write_text("\n".join(map(json.dumps, rows)) + '\n{"epoch": 4, "tr')
     _, axes = plot_utils.plot_logs(tmp_path, ("loss", "mAP", "absent"))
     assert [len(axis.lines) for axis in axes] == [2, 1, 0]

@@ -1,6 +1,5 @@
 """The project's logger, smoothed metrics, and the loop that prints them."""
 
-import atexit
 import logging
 import math
 import os
@@ -22,37 +21,30 @@ logger = logging.getLogger("detr")
 class _StdoutHandler(logging.StreamHandler):
     """Print to standard output, above a progress bar if there is one.
 
-    An output that is closed (`| head`) or on a full disk must not end a training: the first error is reported on
-    standard error, and lines that cannot be printed are lost.
+    An output that is closed (`| head`) or on a full disk must not end a training: what is printed after the first
+    error, by anybody, is discarded.
     """
-
-    failed = False
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
             tqdm.write(self.format(record), file=sys.stdout)
             sys.stdout.flush()
         except (OSError, ValueError) as error:
-            if not self.failed:
-                self.failed = True
-                _warn_on_stderr(f"standard output cannot be written ({error}): log lines are lost")
-                atexit.register(_discard_stdout)  # the interpreter's last flush would fail too
-            if isinstance(error, BrokenPipeError):  # for good: prints of other libraries must not fail either
-                _discard_stdout()
-
-
-def _warn_on_stderr(text: str) -> None:
-    try:
-        os.write(2, f"{text}\n".encode())
-    except OSError:
-        pass
+            _discard_stdout()
+            _write_stderr(f"standard output cannot be written ({error}): log lines are lost from here on\n")
 
 
 def _discard_stdout() -> None:
-    """Send what is still written to standard output nowhere."""
     try:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (OSError, ValueError):
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  (for the rest of the process)
+
+
+def _write_stderr(text: str) -> None:
+    try:
+        os.write(2, text.encode())
+    except OSError:
         pass
 
 
