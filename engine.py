@@ -35,8 +35,8 @@ def train_one_epoch(
     """Train on every batch once; return the epoch's averages.
 
     Gradients are clipped to a norm of `max_norm` (0: not at all). `amp` is "bf16", "fp16" (with a `scaler`) or None.
-    The optimizer steps every `accum_steps` batches, on the mean of their gradients. `state` (`util.run.Run`) is told of
-    each step, and has the metrics of the part of the epoch that was trained before a resume.
+    The optimizer steps every `accum_steps` batches, on the mean of their gradients. `state` (a `util.run.Run`) saves
+    and stops: its `after_step` is called after each step.
 
     Raises FloatingPointError, before the weights change, when the loss or a gradient is not finite. In fp16 such a step
     is skipped instead, as the scaler expects, until there are MAX_OVERFLOWS in a row.
@@ -53,11 +53,10 @@ def train_one_epoch(
     for step, (samples, targets) in enumerate(rows):
         group = min(accum_steps, batches - (step - step % accum_steps))  # batches that share this step's update
         closes = (step + 1) % accum_steps == 0 or step + 1 == batches
-        ids = [int(target["image_id"]) for target in targets if "image_id" in target]
-        samples, targets = samples.to(device, non_blocking=True), to_device(targets, device)
+        place = f"epoch {epoch}, step {done + step}, images {image_ids(targets)}"
         with nullcontext() if closes else no_sync(model):
             with autocast(device, amp):
-                losses = criterion(model(samples), targets)
+                losses = criterion(model(samples.to(device, non_blocking=True)), to_device(targets, device))
             loss = sum(losses[name] * weight for name, weight in criterion.weight_dict.items() if name in losses)
             scaler.scale(loss / group).backward()
         norm = None
@@ -65,15 +64,14 @@ def train_one_epoch(
             scaler.unscale_(optimizer)
             norm = gradient_norm(model)
         values, norm_value = loss_values_and_norm(losses, criterion.weight_dict, norm)
-        finite = math.isfinite(values["loss"]) and math.isfinite(norm_value)
-        overflows = 0 if finite else overflows + 1
-        where = f"epoch {epoch}, step {done + step}, images {ids}"
-        if not finite and (not scaler.is_enabled() or overflows >= MAX_OVERFLOWS):
-            raise FloatingPointError(f"{where}: not finite: {', '.join(not_finite_names(values, model))}")
-        if finite:
+        if math.isfinite(values["loss"]) and math.isfinite(norm_value):
+            overflows = 0
             update_metrics(metrics, values, optimizer)
         else:
-            logger.info(f"{where}: overflow in fp16, step skipped")
+            overflows += 1
+            if not scaler.is_enabled() or overflows >= MAX_OVERFLOWS:
+                raise FloatingPointError(f"{place}: not finite: {', '.join(not_finite_names(values, model))}")
+            logger.info(f"{place}: overflow in fp16, step skipped")
         if closes:
             if max_norm > 0:
                 nn.utils.clip_grads_with_norm_(model.parameters(), max_norm, norm)
@@ -84,6 +82,11 @@ def train_one_epoch(
                 state.after_step(group, metrics)
     metrics.synchronize_between_processes()
     return metrics.averages()
+
+
+def image_ids(targets: Iterable[dict]) -> list[int]:
+    """Return the image ids of the targets that have one, for messages."""
+    return [int(target["image_id"]) for target in targets if "image_id" in target]
 
 
 def gradient_norm(model: nn.Module) -> Tensor:

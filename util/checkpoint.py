@@ -76,10 +76,8 @@ def _check_bits(path: Path) -> None:
             return
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()
-    except (zipfile.BadZipFile, EOFError, NotImplementedError, OSError) as error:
-        if isinstance(error, OSError) and error.errno != errno.EINVAL:  # EINVAL: an offset in the file is wrong
-            raise
-        raise ValueError(f"not a readable checkpoint ({_first_line(error)})") from None
+    except Exception as error:
+        raise _reading_error(error, path) from None
     if damaged:
         raise ValueError(f"damaged: the checksum of {damaged} does not match. Take another checkpoint or copy")
 
@@ -89,16 +87,21 @@ def _read(path: Path, mmap: bool = False) -> Any:
     try:
         with torch.serialization.safe_globals(ALLOWED):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-    except (OSError, MemoryError):  # not the file's fault
-        raise
     except pickle.UnpicklingError as error:
         match = re.search(r"GLOBAL ([\w.]+)", str(error))
         what = match.group(1) if match else _first_line(error)
         raise ValueError(f"refused, since it holds more than tensors and plain Python ({what})") from None
     except Exception as error:  # damaged bytes can raise anything
-        if "allocate" in str(error):
-            raise MemoryError(f"{path}: {_first_line(error)}") from None
-        raise ValueError(f"not a readable checkpoint ({_first_line(error)})") from None
+        raise _reading_error(error, path) from None
+
+
+def _reading_error(error: Exception, path: Path) -> Exception:
+    """Return the error to raise: ValueError if the contents are damaged, others if reading failed for now."""
+    if isinstance(error, MemoryError) or "allocate" in str(error):
+        return MemoryError(f"{path}: not enough memory to read it")
+    if isinstance(error, OSError) and error.errno != errno.EINVAL:  # EINVAL: an offset in the file points nowhere
+        return OSError(error.errno, f"{path} cannot be read at the moment: {error.strerror}")
+    return ValueError(f"not a readable checkpoint ({_first_line(error)})")
 
 
 def not_finite(tensors: dict[str, Tensor]) -> list[str]:
