@@ -14,32 +14,20 @@ from datasets.panoptic_eval import PanopticEvaluator
 from util.logger import MetricLogger, SmoothedValue, logger
 
 AMP_TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
-MAX_OVERFLOWS = 50  # fp16 steps skipped in a row before training is given up: the scale is then far below 1
+MIN_SCALE = 2.0**-30  # of the loss in fp16: below it, a step that is not finite is no overflow
 
 
 def train_one_epoch(
-    model: nn.Module,
-    criterion: nn.Module,
-    data_loader: Iterable,
-    optimizer: torch.optim.Optimizer,
-    device: torch.device,
-    epoch: int,
-    max_norm: float = 0,
-    *,
-    amp: str | None = None,
-    scaler: torch.amp.GradScaler | None = None,
-    accum_steps: int = 1,
-    print_freq: int = 10,
-    state=None,
-) -> dict[str, float]:
+    model: nn.Module, criterion: nn.Module, data_loader: Iterable, optimizer: torch.optim.Optimizer,
+    device: torch.device, epoch: int, max_norm: float = 0, *, amp: str | None = None,
+    scaler: torch.amp.GradScaler | None = None, accum_steps: int = 1, print_freq: int = 10, state=None,
+) -> dict[str, float]:  # fmt: skip
     """Train on every batch once; return the epoch's averages.
 
     Gradients are clipped to a norm of `max_norm` (0: not at all). `amp` is "bf16", "fp16" (with a `scaler`) or None.
     The optimizer steps every `accum_steps` batches, on the mean of their gradients. `state` (a `util.run.Run`) saves
-    and stops: its `after_step` is called after each step.
-
-    Raises FloatingPointError, before the weights change, when the loss or a gradient is not finite. In fp16 such a step
-    is skipped instead, as the scaler expects, until there are MAX_OVERFLOWS in a row.
+    and stops: its `after_step` is called after each step. Raises FloatingPointError, before the weights change, when
+    the loss or a gradient is not finite; in fp16 the scaler skips such steps, as long as a lower scale may help.
     """
     model.train()
     criterion.train()
@@ -47,13 +35,13 @@ def train_one_epoch(
     metrics = MetricLogger(delimiter="  ")
     metrics.add_meter("lr", SmoothedValue(window_size=1, fmt="{value:.6f}"))
     metrics.add_sums(state.sums if state else {})
-    done, batches, overflows = state.batches_done if state else 0, len(data_loader), 0
+    done, batches = state.batches_done if state else 0, len(data_loader)
     optimizer.zero_grad()
     rows = metrics.log_every(data_loader, print_freq, f"Epoch: [{epoch}]", start=done, in_step=True)
     for step, (samples, targets) in enumerate(rows):
         group = min(accum_steps, batches - (step - step % accum_steps))  # batches that share this step's update
         closes = (step + 1) % accum_steps == 0 or step + 1 == batches
-        place = f"epoch {epoch}, step {done + step}, images {image_ids(targets)}"
+        ids = [int(target["image_id"]) for target in targets if "image_id" in target]
         with nullcontext() if closes else no_sync(model):
             with autocast(device, amp):
                 losses = criterion(model(samples.to(device, non_blocking=True)), to_device(targets, device))
@@ -64,14 +52,8 @@ def train_one_epoch(
             scaler.unscale_(optimizer)
             norm = gradient_norm(model)
         values, norm_value = loss_values_and_norm(losses, criterion.weight_dict, norm)
-        if math.isfinite(values["loss"]) and math.isfinite(norm_value):
-            overflows = 0
+        if check_finite(values, norm_value, model, scaler, f"epoch {epoch}, step {done + step}, images {ids}"):
             update_metrics(metrics, values, optimizer)
-        else:
-            overflows += 1
-            if not scaler.is_enabled() or overflows >= MAX_OVERFLOWS:
-                raise FloatingPointError(f"{place}: not finite: {', '.join(not_finite_names(values, model))}")
-            logger.info(f"{place}: overflow in fp16, step skipped")
         if closes:
             if max_norm > 0:
                 nn.utils.clip_grads_with_norm_(model.parameters(), max_norm, norm)
@@ -84,24 +66,30 @@ def train_one_epoch(
     return metrics.averages()
 
 
-def image_ids(targets: Iterable[dict]) -> list[int]:
-    """Return the image ids of the targets that have one, for messages."""
-    return [int(target["image_id"]) for target in targets if "image_id" in target]
-
-
 def gradient_norm(model: nn.Module) -> Tensor:
     """Return the norm of all gradients together."""
     return nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
 
 
-def not_finite_names(values: dict[str, float], model: nn.Module) -> list[str]:
-    """Name the losses that are not finite, or else the parameters whose gradients are not."""
-    names = [name.removesuffix("_unscaled") for name, value in values.items() if name.endswith("_unscaled")
-             and not math.isfinite(value)]  # fmt: skip
-    if names:
-        return names
-    broken = [name for name, p in model.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
-    return [f"the gradient of {name}" for name in broken[:5]] or ["the norm of the gradient"]
+def check_finite(
+    values: dict[str, float], norm: float, model: nn.Module, scaler: torch.amp.GradScaler, place: str
+) -> bool:
+    """Return whether the loss and the gradient's norm are finite; raise FloatingPointError if they must be.
+
+    In fp16 they need not be: the scaler skips the step and lowers its scale. The error names the losses, or else the
+    parameters, with values that are not finite.
+    """
+    if math.isfinite(values["loss"]) and math.isfinite(norm):
+        return True
+    if scaler.is_enabled() and scaler.get_scale() > MIN_SCALE:
+        logger.info(f"{place}: overflow in fp16, step skipped")
+        return False
+    names = [name for name, value in values.items() if name.endswith("_unscaled") and not math.isfinite(value)]
+    names = [name.removesuffix("_unscaled") for name in names]
+    if not names:
+        gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+        names = [f"the gradient of {name}" for name, grad in gradients.items() if not grad.isfinite().all()]
+    raise FloatingPointError(f"{place}: not finite: {', '.join(names)}")
 
 
 def update_metrics(metrics: MetricLogger, values: dict[str, float], optimizer: torch.optim.Optimizer) -> None:

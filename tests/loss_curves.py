@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from datasets import build_dataset
 from engine import compile_network, train_one_epoch
 from main import build_run, build_train_loader, get_args_parser
-from models import backbone, build_model
+from models import backbone, build_model, resnet
 from models.attention import Attention
 from util.nested_tensor import NestedTensor
 
@@ -72,14 +72,15 @@ def curve(args: argparse.Namespace, way: str, steps: int) -> list[float]:
 
 @contextmanager
 def plainly() -> Iterator[None]:
-    """Take torchvision's and PyTorch's own forward passes."""
+    """Use torchvision's and PyTorch's own forward passes."""
+
+    def attention(self, query, key, value, key_padding_mask=None, need_weights=False, attn_mask=None):
+        masks = {"key_padding_mask": key_padding_mask, "attn_mask": attn_mask}
+        return nn.MultiheadAttention.forward(self, query, key, value, need_weights=need_weights, **masks)
+
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(backbone, "_run", lambda module, x: module(x))
-        patch.setattr(backbone, "_conv_norm", lambda parts, x: parts[1](parts[0](x)))
-
-        def attention(self, query, key, value, padding=None):
-            return nn.MultiheadAttention.forward(self, query, key, value, key_padding_mask=padding)
-
+        patch.setattr(resnet.FoldedBasicBlock, "forward", resnet.BasicBlock.forward)
+        patch.setattr(resnet.FoldedBottleneck, "forward", resnet.Bottleneck.forward)
         patch.setattr(Attention, "forward", attention)
         yield
 
