@@ -15,7 +15,7 @@ import torch
 import engine
 import main
 from tests.helpers import TINY, parse
-from util.interruption import SIGNALS
+from util.interruption import SIGNALS, Interruption
 
 pytestmark = pytest.mark.slow
 
@@ -422,3 +422,89 @@ def test_an_optimizer_of_other_parameters_is_refused_though_it_has_as_many(finis
     torch.save(state, tmp_path / "other.pth")
     with pytest.raises(ValueError, match="other.pth: its optimizer trained other parameters.*an average of shape"):
         run(f"{flags} --epochs 4 --resume {tmp_path}/other.pth")
+
+
+def test_a_run_over_an_earlier_one_is_refused_unless_overwritten(finished, tmp_path):
+    _, flags = finished
+    run(f"{flags} --output_dir {tmp_path}")
+    before = (tmp_path / "checkpoint.pth").read_bytes()
+    with pytest.raises(ValueError, match="holds the results of an earlier run.*checkpoint0001.pth.*--overwrite"):
+        run(f"{flags} --epochs 1 --seed 7 --output_dir {tmp_path}")
+    assert (tmp_path / "checkpoint.pth").read_bytes() == before and len(log_of(tmp_path)) == 3
+    run(f"{flags} --epochs 1 --seed 7 --output_dir {tmp_path} --overwrite")
+    assert len(log_of(tmp_path)) == 1 and not (tmp_path / "checkpoint0001.pth").exists()
+
+
+def test_resume_from_an_earlier_checkpoint_of_the_folder_needs_overwrite(finished, tmp_path):
+    root, flags = finished
+    run(f"{flags} --output_dir {tmp_path}")
+    with pytest.raises(ValueError, match="later epochs: checkpoint.pth"):
+        run(f"{flags} --output_dir {tmp_path} --resume {tmp_path}/checkpoint0001.pth")
+    run(f"{flags} --output_dir {tmp_path} --resume {tmp_path}/checkpoint0001.pth --overwrite")
+    assert_same_run(root / "whole", tmp_path)
+
+
+@pytest.fixture
+def unreadable(tmp_path):
+    """Flags of a run in whose first epoch the third of four images cannot be decoded."""
+    from tests.helpers import write_coco
+
+    write_coco(tmp_path / "coco", "train", [1, 2, 3, 4], [(i, 1, [4, 4, 20, 30], {}) for i in (1, 2, 3, 4)])
+    write_coco(tmp_path / "coco", "val", [1], [(1, 1, [4, 4, 20, 30], {})])
+    order = torch.randperm(4, generator=torch.Generator().manual_seed(3)).tolist()
+    image = tmp_path / "coco" / "train2017" / f"{order[2] + 1:012}.jpg"
+    content = image.read_bytes()
+    image.write_text("<html>404 Not Found</html>")
+    flags = f"--coco_path {tmp_path}/coco --batch_size 2 --epochs 1 --seed 3 --output_dir {tmp_path}/out"
+    return flags, image, content
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_image_that_cannot_be_read_is_named_after_a_save(unreadable, tmp_path, workers):
+    flags, image, content = unreadable
+    with pytest.raises(ValueError, match=image.name):
+        run(f"{flags} --num_workers {workers}")
+    state = torch.load(tmp_path / "out" / "checkpoint.pth", weights_only=True)
+    assert (state["epoch"], state["seen"]) == (-1, 2)
+    image.write_bytes(content)
+    run(f"{flags} --resume auto")
+    assert len(log_of(tmp_path / "out")) == 1
+
+
+def test_an_image_that_cannot_be_read_is_skipped_where_the_flag_says_so(unreadable, tmp_path, caplog):
+    flags, image, _ = unreadable
+    run(f"{flags} --on_bad_image skip")
+    assert len(log_of(tmp_path / "out")) == 1 and re.search(f"skipping an image: .*{image.name}", caplog.text)
+
+
+def test_weights_that_are_not_finite_are_neither_saved_nor_evaluated(finished, tmp_path):
+    root, flags = finished
+    state = torch.load(root / "whole" / "checkpoint.pth", weights_only=True)
+    state["model"]["query_embed.weight"][0] = float("nan")
+    torch.save(state, tmp_path / "nan.pth")
+    with pytest.raises(ValueError, match="nan.pth: 1 entries hold NaN or infinite values, query_embed.weight"):
+        run(f"{flags} --eval --resume {tmp_path}/nan.pth")
+    args = parse(f"{flags} --num_classes 4 --output_dir {tmp_path}")
+    model = main.build_parts(args, torch.device("cpu"))[0]
+    with torch.no_grad():
+        model.query_embed.weight[0] = float("inf")
+    with pytest.raises(FloatingPointError, match="query_embed.weight"):
+        main.build_run(args, model, argparse.Namespace(class_names={})).save("checkpoint.pth")
+    assert not (tmp_path / "checkpoint.pth").exists()
+
+
+def test_curves_that_cannot_be_drawn_only_warn(finished, tmp_path, caplog):
+    _, flags = finished
+    (tmp_path / "curves.png").mkdir()
+    run(f"{flags} --epochs 1 --output_dir {tmp_path}")
+    assert len(log_of(tmp_path)) == 1 and "curves.png could not be drawn" in caplog.text
+
+
+def test_signals_that_are_ignored_stay_ignored():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    with Interruption() as interruption:
+        signal.raise_signal(signal.SIGHUP)
+        assert interruption.received == 0
+        signal.raise_signal(signal.SIGUSR1)
+        assert interruption.received == signal.SIGUSR1
+    signal.signal(signal.SIGHUP, before)

@@ -56,13 +56,13 @@ class Run:
         batches.set_epoch(self.epoch, self.seen)
         self._images, self._images_per_batch = batches.length, batches.images_per_step
         self._batches_left, self._first = len(batches), self.seen
-        try:
-            with self.interruption:
+        with self.interruption:
+            try:
                 yield
                 self._leave_if_asked(saved=True)
-        except Exception:
-            self._save_after_error()
-            raise
+            except Exception:
+                self._save_after_error()  # a launcher may ask this process to stop already
+                raise
 
     @property
     def batches_done(self) -> int:
