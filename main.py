@@ -24,11 +24,11 @@ from datasets.loaders import build_train_loader, build_val_loader
 from engine import allow_tf32, compile_network, evaluate, train_one_epoch
 from models import build_model
 from util.checkpoint import count_classes, load_checkpoint, load_model, load_resumed, position, save_checkpoint
-from util.dist import ProcessInfo, broadcast_buffers, is_main_process, pick_device, process_group
+from util.dist import ProcessInfo, broadcast_buffers, distribute, is_main_process, pick_device, process_group
 from util.finetune import finetune
 from util.flags import with_defaults
 from util.logger import configure_logging, logger
-from util.output_dir import files_in_the_way, locked, refuse_overwriting
+from util.output_dir import files_to_replace, locked
 from util.project import get_sha
 from util.run import Run, changed_flags
 
@@ -199,7 +199,8 @@ def run_process(args, processes: ProcessInfo) -> None:
     """Run one process: build, resume, then evaluate or train."""
     device = set_up(args, processes)
     name, checkpoint = load_resumed(args.resume, args.output_dir)
-    obsolete = find_obsolete(args, name, checkpoint)
+    start = position(checkpoint) if checkpoint else (args.start_epoch, 0)
+    obsolete = files_to_replace("" if args.eval else args.output_dir, name, start, args.overwrite)
     train_set, val_set, num_classes = build_datasets(args, checkpoint)
     args = _changed(args, num_classes=num_classes, thing_classes=getattr(val_set, "thing_classes", None))
     val_loader = build_val_loader(val_set, args, device)
@@ -219,7 +220,7 @@ def run_process(args, processes: ProcessInfo) -> None:
     logger.info(f"{run.trainable_parameters()} trainable parameters; {args.epochs} epochs, {run.epoch} of them done")
     for path in obsolete:
         path.unlink()
-    start = time.perf_counter()
+    begin = time.perf_counter()
     for epoch in range(run.epoch, args.epochs):
         with run.training(train_loader):
             train_stats = train_one_epoch(
@@ -233,7 +234,7 @@ def run_process(args, processes: ProcessInfo) -> None:
             numbered = [f"eval/{epoch:03}.pth"] if epoch % 50 == 0 else []
             write_evaluation(evaluator, args.output_dir, "eval/latest.pth", *numbered)
         run.finish_epoch(train_stats, test_stats)
-    logger.info(f"Training time {timedelta(seconds=int(time.perf_counter() - start))}")
+    logger.info(f"Training time {timedelta(seconds=int(time.perf_counter() - begin))}")
 
 
 def set_up(args, processes: ProcessInfo) -> torch.device:
@@ -246,17 +247,6 @@ def set_up(args, processes: ProcessInfo) -> torch.device:
     if args.output_dir:
         Path(args.output_dir).mkdir(parents=True, exist_ok=True)
     return device
-
-
-def find_obsolete(args, name: str, checkpoint: dict | None) -> list[Path]:
-    """Return the files in --output_dir that --overwrite replaces; without --overwrite, raise ValueError for them."""
-    if args.eval or not args.output_dir or not is_main_process():
-        return []
-    start = position(checkpoint) if checkpoint else (args.start_epoch, 0)
-    files = files_in_the_way(Path(args.output_dir), name, start)
-    if not args.overwrite:
-        refuse_overwriting(Path(args.output_dir), files)
-    return files
 
 
 def build_datasets(args, checkpoint: dict | None) -> tuple[Dataset | None, Dataset, int]:
@@ -331,16 +321,6 @@ def build_run(args, model: nn.Module, train_set: Dataset) -> Run:
         lr_drop=args.lr_drop,
         epoch=args.start_epoch,
     )
-
-
-def distribute(model: nn.Module, processes: ProcessInfo, device: torch.device) -> nn.Module:
-    """Wrap the model for several processes; a single process gets it back unchanged."""
-    if not processes.distributed:
-        return model
-    if any(isinstance(module, nn.BatchNorm2d) for module in model.modules()):
-        logger.info("batch norm is not synchronised: the main process's statistics are evaluated and saved")
-    device_ids = [device.index] if device.type == "cuda" else None
-    return nn.parallel.DistributedDataParallel(model, device_ids=device_ids, gradient_as_bucket_view=True)
 
 
 def write_evaluation(evaluator: CocoEvaluator, output_dir: str, *names: str) -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from util import output_dir
 from util.checkpoint import save_checkpoint
-from util.output_dir import append_row, files_in_the_way, locked, truncate_log
+from util.output_dir import append_row, files_to_replace, locked, truncate_log
 
 HOLD = "import sys, time\nfrom util.output_dir import locked\n"
 HOLD += "with locked(sys.argv[1]):\n    print('locked', flush=True)\n    time.sleep(100)"
@@ -36,22 +36,24 @@ def test_lock_removes_the_drafts_of_a_killed_run(tmp_path):
         assert sorted(path.name for path in tmp_path.rglob("*draft")) == ["mine.draft"]
 
 
-def test_files_in_the_way_of_a_new_run_are_all_checkpoints_and_the_log(tmp_path):
-    assert files_in_the_way(tmp_path, "", (0, 0)) == []
+def test_files_to_replace_of_a_new_run_are_all_checkpoints_and_the_log(tmp_path):
+    assert files_to_replace(tmp_path, "", (0, 0), False) == []
     for name in ("checkpoint.pth", "checkpoint_best.pth", "log.txt", "notes.txt"):
         (tmp_path / name).touch()
     for resumed in ("", str(tmp_path.parent / "other.pth")):
-        names = [path.name for path in files_in_the_way(tmp_path, resumed, (9, 0))]
+        names = [path.name for path in files_to_replace(tmp_path, resumed, (9, 0), True)]
         assert names == ["checkpoint.pth", "checkpoint_best.pth", "log.txt"]
+    with pytest.raises(ValueError, match="checkpoint.pth, checkpoint_best.pth, log.txt.*--overwrite"):
+        files_to_replace(tmp_path, "", (0, 0), False)
 
 
-def test_files_in_the_way_of_a_resumed_run_are_the_checkpoints_ahead_of_it(tmp_path):
+def test_files_to_replace_of_a_resumed_run_are_the_checkpoints_ahead_of_it(tmp_path):
     for name, epoch in (("checkpoint0001.pth", 1), ("checkpoint0003.pth", 3), ("checkpoint.pth", 4)):
         save_checkpoint({"model": {}, "epoch": epoch}, tmp_path / name)
     (tmp_path / "log.txt").touch()
-    ahead = files_in_the_way(tmp_path, str(tmp_path / "checkpoint0001.pth"), (2, 0))
+    ahead = files_to_replace(tmp_path, str(tmp_path / "checkpoint0001.pth"), (2, 0), True)
     assert [path.name for path in ahead] == ["checkpoint.pth", "checkpoint0003.pth"]
-    assert files_in_the_way(tmp_path, str(tmp_path / "checkpoint.pth"), (5, 0)) == []
+    assert files_to_replace(tmp_path, str(tmp_path / "checkpoint.pth"), (5, 0), False) == []
 
 
 def test_truncate_log_keeps_earlier_epochs_and_foreign_lines(tmp_path):

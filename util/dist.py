@@ -185,6 +185,16 @@ def save_on_master(*args: Any, **kwargs: Any) -> None:
         torch.save(*args, **kwargs)
 
 
+def distribute(model: nn.Module, processes: ProcessInfo, device: torch.device) -> nn.Module:
+    """Wrap the model for several processes; a single process gets it back unchanged."""
+    if not processes.distributed:
+        return model
+    if any(isinstance(module, nn.BatchNorm2d) for module in model.modules()):
+        logger.info("batch norm is not synchronised: the main process's statistics are evaluated and saved")
+    device_ids = [device.index] if device.type == "cuda" else None
+    return nn.parallel.DistributedDataParallel(model, device_ids=device_ids, gradient_as_bucket_view=True)
+
+
 def pick_device(name: str, local_rank: int = 0) -> torch.device:
     """Return the device of the flag: this process's own GPU, or the CPU (with a log line) on a machine without one."""
     device = torch.device(name)

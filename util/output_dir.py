@@ -50,24 +50,25 @@ def locked(folder: str | Path) -> Iterator[None]:
         lock.release()
 
 
-def files_in_the_way(folder: Path, resumed: str, start: tuple[int, int]) -> list[Path]:
-    """Return the files of earlier training that a run would overwrite or that would mislead a later `--resume auto`.
+def files_to_replace(folder: str | Path, resumed: str, start: tuple[int, int], overwrite: bool) -> list[Path]:
+    """Return the files of earlier training in the folder that a run replaces: all checkpoints and the log.
 
-    A run resumed from a checkpoint of the folder, at position `start`, continues it: only checkpoints further than
-    that are in the way. For any other run, all checkpoints and the log are.
+    A run that continues from a checkpoint of the folder, at position `start`, replaces only the checkpoints further
+    than that, which would mislead a later `--resume auto`. Raises ValueError if there are any and not `overwrite`.
     """
+    if not folder or not is_main_process():
+        return []
+    folder = Path(folder)
     if resumed and Path(resumed).parent.absolute() == folder.absolute():
-        return [path for path, reached in positions(folder).items() if reached > start and path != Path(resumed)]
-    return [path for path in sorted(folder.glob("checkpoint*.pth")) + [folder / "log.txt"] if path.exists()]
-
-
-def refuse_overwriting(folder: Path, files: list[Path]) -> None:
-    """Raise ValueError, with the remedies, if there are such files."""
-    if files:
+        files = [path for path, reached in positions(folder).items() if reached > start and path != Path(resumed)]
+    else:
+        files = [path for path in sorted(folder.glob("checkpoint*.pth")) + [folder / "log.txt"] if path.exists()]
+    if files and not overwrite:
         raise ValueError(
             f"{folder} holds the results of an earlier run, or of later epochs: {', '.join(f.name for f in files)}. "
             "Continue it with --resume auto, choose another --output_dir, or replace these files with --overwrite"
         )
+    return files
 
 
 def append_row(log_file: Path, row: dict) -> None:
