@@ -12,7 +12,7 @@ from util import download
 from util.checkpoint import load_checkpoint, load_model, newest_checkpoint, save_checkpoint
 
 
-def test_what_is_saved_comes_back(tmp_path):
+def test_save_then_load_gives_the_same_state(tmp_path):
     state = {"model": {"a": torch.ones(2)}, "epoch": 3, "args": {"lr": 1e-4, "resume": None}}
     save_checkpoint(state, tmp_path / "one.pth", tmp_path / "two.pth")
     for name in ("one.pth", "two.pth"):
@@ -25,7 +25,7 @@ def test_what_is_saved_comes_back(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["one.pth", "two.pth"]
 
 
-def test_a_failing_write_leaves_the_old_file_whole(tmp_path, monkeypatch):
+def test_save_checkpoint_that_fails_leaves_the_old_file_intact(tmp_path, monkeypatch):
     save_checkpoint({"model": {}, "epoch": 1}, tmp_path / "c.pth")
 
     def full(state, file):
@@ -40,7 +40,7 @@ def test_a_failing_write_leaves_the_old_file_whole(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("folder", ["absent", "read-only", "full"])
-def test_what_cannot_be_written_is_named(tmp_path, monkeypatch, folder):
+def test_save_checkpoint_that_fails_names_the_file(tmp_path, monkeypatch, folder):
     path = tmp_path / folder / "c.pth"
     if folder != "absent":
         path.parent.mkdir()
@@ -65,7 +65,7 @@ def test_official_files_with_a_namespace_load(tmp_path):
     assert load_checkpoint(tmp_path / "official.pth")["args"].lr == 1e-4
 
 
-def test_so_do_those_of_a_cluster_whose_flags_hold_a_path(tmp_path):
+def test_official_files_with_a_path_among_the_flags_load(tmp_path):
     folder = Path("/checkpoint/me/experiments/17")
     torch.save({"model": {}, "args": argparse.Namespace(output_dir=folder)}, tmp_path / "submitit.pth")
     assert load_checkpoint(tmp_path / "submitit.pth")["args"].output_dir == folder
@@ -132,7 +132,7 @@ def test_one_process_downloads_and_the_others_wait(tmp_path):
     assert "".join(said).split() == ["downloading"]
 
 
-def test_what_does_not_fit_the_model_is_told():
+def test_load_model_with_other_shapes_names_them():
     with pytest.raises(
         ValueError, match=r"given.pth .*3 entries.*no bias; unexpected extra; weight is \[3, 2\].*\[2, 3\]"
     ):

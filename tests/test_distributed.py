@@ -55,7 +55,7 @@ def test_two_processes_leave_one_run_behind(trained):
 
 
 @pytest.mark.parametrize("processes", [2, 4])
-def test_every_image_is_judged_once_also_when_a_process_has_none(trained, tmp_path, processes):
+def test_every_image_is_evaluated_once_also_when_a_process_has_none(trained, tmp_path, processes):
     root, flags = trained
     flags = f"{flags} --eval --resume {root}/two/checkpoint.pth --batch_size 1"
     main.main(parse(f"{flags} --output_dir {tmp_path}/one"))
@@ -67,7 +67,7 @@ def test_every_image_is_judged_once_also_when_a_process_has_none(trained, tmp_pa
 
 
 @pytest.mark.parametrize("counts", ["equal", "unequal"])
-def test_two_processes_go_through_the_losses_of_one(tmp_path, counts):
+def test_two_processes_train_with_the_losses_of_one(tmp_path, counts):
     def losses(processes, batch_size):
         out = tmp_path / f"{processes}.json"
         done = launch(["-m", "tests.train_fixed", str(out), str(batch_size), counts], processes)
@@ -84,7 +84,7 @@ def test_two_processes_go_through_the_losses_of_one(tmp_path, counts):
             assert a[name] == pytest.approx(b[name], abs=1e-5, rel=1e-5), name
 
 
-def test_segments_are_judged_alike_by_one_and_by_two(tmp_path):
+def test_segments_are_evaluated_alike_by_one_process_and_by_two(tmp_path):
     flags = (
         f"--dataset_file shapes_panoptic --coco_path {tmp_path}/shapes --shapes_train 2 --shapes_val 5 --masks --eval "
     )
@@ -101,7 +101,7 @@ def test_segments_are_judged_alike_by_one_and_by_two(tmp_path):
     assert len(found[1]) == 24 + 3 + 3 and found[1] == found[2]
 
 
-def test_what_is_printed_is_the_mean_of_all_processes(trained):
+def test_log_lines_show_the_mean_of_all_processes(trained):
     """Of one step each, in log lines of two processes and of one with the same images."""
     root, flags = trained
     said = {
@@ -172,7 +172,7 @@ def test_another_number_of_processes_goes_on_and_says_so(trained, tmp_path):
     assert [row["epoch"] for row in rows] == [2]
 
 
-def test_two_machines_get_over_the_loss_of_a_process(trained, tmp_path):
+def test_two_machines_recover_from_the_loss_of_a_process(trained, tmp_path):
     """Two launchers meet over the loopback; one of their processes is killed, and all go on from the last save."""
     root, flags = trained
     free = socket.create_server(("127.0.0.1", 0))

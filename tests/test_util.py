@@ -13,7 +13,7 @@ from util.dist import init_distributed_mode, pick_device, process_info_from_envi
 from util.logger import MetricLogger, SmoothedValue, finite_or_null, logger
 
 
-def test_smoothed_value_keeps_a_window_and_the_whole():
+def test_smoothed_value_has_statistics_of_its_window_and_of_all():
     value = SmoothedValue(window_size=3)
     for number in (1.0, 2.0, 3.0, 10.0):
         value.update(number)
@@ -25,7 +25,7 @@ def test_smoothed_value_keeps_a_window_and_the_whole():
     assert str(value) == "4.0000 (4.0000)" and str(SmoothedValue()) == "-"
 
 
-def test_metric_logger_takes_tensors_and_yields_everything(caplog):
+def test_metric_logger_accepts_tensors_and_yields_all_items(caplog):
     caplog.set_level("INFO", "detr")
     metrics = MetricLogger()
     for i in metrics.log_every(range(5), 2, "Head:"):
@@ -44,7 +44,7 @@ def test_averages_leave_out_series_without_values():
     assert metrics.averages() == {}
 
 
-def test_the_launcher_is_read_from_the_environment(monkeypatch):
+def test_process_info_comes_from_the_launchers_variables(monkeypatch):
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("SLURM_PROCID", "0")
@@ -60,7 +60,7 @@ def test_the_launcher_is_read_from_the_environment(monkeypatch):
     assert process_info_from_environment().world_size == 8
 
 
-def test_the_old_address_still_works(monkeypatch):
+def test_util_misc_has_the_reference_names(monkeypatch):
     for name in ("RANK", "WORLD_SIZE", "SLURM_NTASKS"):
         monkeypatch.delenv(name, raising=False)
     args = argparse.Namespace(device="cpu", dist_url="env://")
@@ -107,14 +107,14 @@ def test_accuracy_in_percent():
     assert utils.accuracy(torch.zeros(0, 3), torch.zeros(0, dtype=torch.int64))[0].item() == 0
 
 
-def test_the_cpu_stands_in_for_a_gpu_that_is_not_there(monkeypatch):
+def test_pick_device_without_a_gpu_returns_the_cpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert pick_device("cuda").type == "cpu"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert pick_device("cuda", 3) == torch.device("cuda:3") and pick_device("cuda:1", 3) == torch.device("cuda:1")
 
 
-def test_logs_are_drawn_also_with_gaps_and_a_torn_last_line(tmp_path):
+def test_plot_logs_with_gaps_and_foreign_lines_draws_the_rest(tmp_path):
     rows = [
         {"epoch": e, "train_loss": 9.0 - e, "test_loss": 8.0, "test_coco_eval_bbox": [0.1 * e] * 12} for e in range(4)
     ]
@@ -134,7 +134,7 @@ def test_logs_are_drawn_also_with_gaps_and_a_torn_last_line(tmp_path):
         plot_utils.plot_logs(tmp_path / "elsewhere")
 
 
-def test_precision_over_recall_leaves_out_classes_without_objects(tmp_path):
+def test_plot_precision_recall_leaves_out_classes_without_objects(tmp_path):
     precision = torch.zeros(10, 101, 3, 4, 3)
     precision[0, :, 0, 0, -1], precision[0, :, 1, 0, -1], precision[0, :, 2, 0, -1] = 1.0, 0.5, -1
     data = {"precision": precision, "scores": precision, "recall_thresholds": torch.linspace(0, 1, 101)}

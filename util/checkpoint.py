@@ -171,7 +171,7 @@ def newest_checkpoint(folder: str | Path) -> tuple[Path, dict] | None:
     OSError or MemoryError if one cannot be read at the moment: training must not start again over it.
     """
     found = positions(folder)
-    for path in sorted(found, key=found.get, reverse=True):
+    for path in sorted(found, key=lambda path: found[path], reverse=True):
         try:
             return path, load_checkpoint(path)
         except ValueError as error:

@@ -87,7 +87,7 @@ class SmoothedValue:
     def synchronize_between_processes(self) -> None:
         """Add up sum and count over the processes; the window stays this process's own."""
         if dist.is_available() and dist.is_initialized():
-            sums = [None] * dist.get_world_size()
+            sums: list = [None] * dist.get_world_size()
             dist.all_gather_object(sums, (self.total, self.count))
             self.total, self.count = sum(total for total, _ in sums), sum(count for _, count in sums)
 
@@ -159,7 +159,7 @@ class MetricLogger:
         """Add up sums and counts over the processes; a process may lack a series. Windows stay this process's own."""
         if not (dist.is_available() and dist.is_initialized()):
             return
-        parts = [None] * dist.get_world_size()
+        parts: list = [None] * dist.get_world_size()
         dist.all_gather_object(parts, self.sums())
         for name, (total, count) in merge_sums(parts).items():
             self.meters[name].total, self.meters[name].count = total, count
@@ -186,7 +186,7 @@ class MetricLogger:
         if not (dist.is_available() and dist.is_initialized()):
             return self
         own = {name: (list(meter.deque), meter.total, meter.count) for name, meter in self.meters.items()}
-        parts = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
+        parts: list | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
         dist.gather_object(own, parts)
         if parts is None:
             return self
