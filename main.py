@@ -323,9 +323,9 @@ def build_run(args, model: nn.Module, train_set: Dataset) -> Run:
     )
 
 
-def write_evaluation(evaluator: CocoEvaluator, output_dir: str, *names: str) -> None:
+def write_evaluation(evaluator: CocoEvaluator | None, output_dir: str, *names: str) -> None:
     """Write the predictions, and the precision curves under each name (main process only)."""
-    if output_dir and is_main_process() and "bbox" in evaluator.coco_eval:
+    if output_dir and is_main_process() and evaluator and "bbox" in evaluator.coco_eval:
         evaluator.save_predictions(output_dir)
         files = [Path(output_dir) / name for name in names]
         files[0].parent.mkdir(exist_ok=True)

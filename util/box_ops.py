@@ -8,15 +8,15 @@ import torch
 from torch import Tensor
 
 
-def box_cxcywh_to_xyxy(boxes: Tensor) -> Tensor:
+def box_cxcywh_to_xyxy(x: Tensor) -> Tensor:
     """Corners of boxes [..., 4] given by centre and size."""
-    centre, half = boxes[..., :2], boxes[..., 2:] / 2
+    centre, half = x[..., :2], x[..., 2:] / 2
     return torch.cat([centre - half, centre + half], dim=-1)
 
 
-def box_xyxy_to_cxcywh(boxes: Tensor) -> Tensor:
+def box_xyxy_to_cxcywh(x: Tensor) -> Tensor:
     """Centre and size of boxes [..., 4] given by corners."""
-    low, high = boxes[..., :2], boxes[..., 2:]
+    low, high = x[..., :2], x[..., 2:]
     return torch.cat([(low + high) / 2, high - low], dim=-1)
 
 
