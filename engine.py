@@ -1,7 +1,7 @@
-"""What one epoch of training and one pass of evaluation do."""
+"""One epoch of training, and one evaluation."""
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from contextlib import nullcontext
 
 import torch
@@ -9,78 +9,100 @@ from torch import Tensor, nn
 
 from datasets.coco_eval import CocoEvaluator
 from datasets.evaluators import Batch, build_evaluators
-from util.logger import MetricLogger, SmoothedValue
+from datasets.panoptic_eval import PanopticEvaluator
+from util.logger import MetricLogger, SmoothedValue, logger
+
+__all__ = ["CocoEvaluator", "PanopticEvaluator", "evaluate", "train_one_epoch"]
 
 AMP_TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+MIN_SCALE = 2.0**-30  # of the loss in fp16: below it, a step that is not finite is no overflow
 
 
 def train_one_epoch(
-    model: nn.Module,
-    criterion: nn.Module,
-    data_loader: Iterable,
-    optimizer: torch.optim.Optimizer,
-    device: torch.device,
-    epoch: int,
-    max_norm: float = 0,
-    *,
-    amp: str | None = None,
-    scaler: torch.amp.GradScaler | None = None,
-    accum_steps: int = 1,
-    print_freq: int = 10,
-    done: int = 0,
-    sums: dict[str, list] | None = None,
-    after_step: Callable[[int, MetricLogger], None] | None = None,
-) -> dict[str, float]:
+    model: nn.Module, criterion: nn.Module, data_loader: Iterable, optimizer: torch.optim.Optimizer,
+    device: torch.device, epoch: int, max_norm: float = 0, *, amp: str | None = None,
+    scaler: torch.amp.GradScaler | None = None, accum_steps: int = 1, print_freq: int = 10, state=None,
+) -> dict[str, float]:  # fmt: skip
     """Train on every batch once; return the epoch's averages.
 
     Gradients are clipped to a norm of `max_norm` (0: not at all). `amp` is "bf16", "fp16" (with a `scaler`) or None.
-    The optimizer steps every `accum_steps` batches, on the mean of their gradients. Raises FloatingPointError, before
-    the weights are touched, when the loss is not finite.
-
-    An epoch taken up in the middle has `done` batches behind it (the loader holds only the others), with `sums` of
-    their numbers. `after_step(done, metrics)` is called after each step of the optimizer.
+    The optimizer steps every `accum_steps` batches, on the mean of their gradients. `state` (a `util.run.Run`) saves
+    and stops: its `after_step` is called after each step. Raises FloatingPointError, before the weights change, when
+    the loss or a gradient is not finite; in fp16 the scaler skips such steps, as long as a lower scale may help.
     """
     model.train()
     criterion.train()
     scaler = scaler or torch.amp.GradScaler(enabled=False)
-    metrics = MetricLogger()
+    metrics = MetricLogger(delimiter="  ")
     metrics.add_meter("lr", SmoothedValue(window_size=1, fmt="{value:.6f}"))
-    metrics.add_meter("class_error", SmoothedValue(window_size=1, fmt="{value:.2f}"))
-    metrics.add_sums(sums or {})
-    batches = len(data_loader)
+    metrics.add_sums(state.sums if state else {})
+    done, batches = state.batches_done if state else 0, len(data_loader)
     optimizer.zero_grad()
     rows = metrics.log_every(data_loader, print_freq, f"Epoch: [{epoch}]", start=done, in_step=True)
     for step, (samples, targets) in enumerate(rows):
-        ids = [int(target["image_id"]) for target in targets if "image_id" in target]
-        samples = samples.to(device, non_blocking=True)
-        targets = to_device(targets, device)
         group = min(accum_steps, batches - (step - step % accum_steps))  # batches that share this step's update
         closes = (step + 1) % accum_steps == 0 or step + 1 == batches
+        ids = [int(target["image_id"]) for target in targets if "image_id" in target]
         with nullcontext() if closes else no_sync(model):
             with autocast(device, amp):
-                outputs = model(samples)
-            losses = criterion(outputs, targets)
-            values = loss_values(losses, criterion.weight_dict)
-            check_finite(values, f"epoch {epoch}, step {done + step}, images {ids}")
+                losses = criterion(model(samples.to(device, non_blocking=True)), to_device(targets, device))
             loss = sum(losses[name] * weight for name, weight in criterion.weight_dict.items() if name in losses)
             scaler.scale(loss / group).backward()
+        norm = None
+        if closes:
+            scaler.unscale_(optimizer)
+            norm = gradient_norm(model)
+        values, norm_value = loss_values_and_norm(losses, criterion.weight_dict, norm)
+        if check_finite(values, norm_value, model, scaler, f"epoch {epoch}, step {done + step}, images {ids}"):
+            update_metrics(metrics, values | {"lr": optimizer.param_groups[0]["lr"]})
         if closes:
             if max_norm > 0:
-                scaler.unscale_(optimizer)
-                nn.utils.clip_grad_norm_(model.parameters(), max_norm)
+                nn.utils.clip_grads_with_norm_(model.parameters(), max_norm, norm)
             scaler.step(optimizer)
             scaler.update()
             optimizer.zero_grad()
-        metrics.update(**values, lr=optimizer.param_groups[0]["lr"])
-        if closes and after_step:
-            after_step(done + step + 1, metrics)
+            if state:
+                state.after_step(group, metrics)
     metrics.synchronize_between_processes()
     return metrics.averages()
 
 
+def gradient_norm(model: nn.Module) -> Tensor:
+    """Return the norm of all gradients together."""
+    return nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+
+
+def check_finite(
+    values: dict[str, float], norm: float, model: nn.Module, scaler: torch.amp.GradScaler, place: str
+) -> bool:
+    """Return whether the loss and the gradient's norm are finite; raise FloatingPointError if they must be.
+
+    In fp16 they need not be: the scaler skips the step and lowers its scale. The error names the losses, or else the
+    parameters, with values that are not finite.
+    """
+    if math.isfinite(values["loss"]) and math.isfinite(norm):
+        return True
+    if scaler.is_enabled() and scaler.get_scale() > MIN_SCALE:
+        logger.info(f"{place}: overflow in fp16, step skipped")
+        return False
+    names = [name for name, value in values.items() if name.endswith("_unscaled") and not math.isfinite(value)]
+    names = [name.removesuffix("_unscaled") for name in names]
+    if not names:
+        gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+        names = [f"the gradient of {name}" for name, grad in gradients.items() if not grad.isfinite().all()]
+    raise FloatingPointError(f"{place}: not finite: {', '.join(names)}")
+
+
+def update_metrics(metrics: MetricLogger, values: dict[str, float]) -> None:
+    """Append a step's values; `class_error`, where the criterion gives it, is printed as the latest value."""
+    if "class_error" in values and "class_error" not in metrics.meters:
+        metrics.add_meter("class_error", SmoothedValue(window_size=1, fmt="{value:.2f}"))
+    metrics.update(**values)
+
+
 def compile_network(model: nn.Module) -> None:
     """Compile a model in place: one graph for the first image size, and one for all others."""
-    # Otherwise (seen in torch 2.14) the backward pass of a convolution is compiled anew for each size.
+    # Without this option, the backward pass of a convolution is compiled again for each size (torch 2.14).
     model.compile(options={"force_layout_optimization": True})
 
 
@@ -106,15 +128,15 @@ def evaluate(
     """
     model.eval()
     criterion.eval()
-    metrics = MetricLogger()
-    metrics.add_meter("class_error", SmoothedValue(window_size=1, fmt="{value:.2f}"))
+    metrics = MetricLogger(delimiter="  ")
     evaluators = build_evaluators(postprocessors, data_loader, base_ds, output_dir, coco_backend)
     for samples, targets in metrics.log_every(data_loader, print_freq, "Test:"):
         samples = samples.to(device, non_blocking=True)
         on_device = to_device(targets, device)
         with autocast(device, amp):
             outputs = model(samples)
-        metrics.update(**loss_values(criterion(outputs, on_device), criterion.weight_dict))
+            losses = criterion(outputs, on_device)
+        update_metrics(metrics, loss_values(losses, criterion.weight_dict))
         batch = Batch(outputs, samples, targets)
         results = postprocessors["bbox"](outputs, batch.original_sizes.to(device, non_blocking=True))
         if "segm" in postprocessors:
@@ -131,20 +153,13 @@ def evaluate(
     return stats, evaluators.get("coco")
 
 
-def check_finite(values: dict[str, float], where: str) -> None:
-    """Raise FloatingPointError, naming the losses, if the total is not finite: weights must not learn from it."""
-    if not math.isfinite(values["loss"]):
-        broken = [name for name, value in values.items() if name.endswith("_unscaled") and not math.isfinite(value)]
-        raise FloatingPointError(f"{where}: not finite: {', '.join(name[: -len('_unscaled')] for name in broken)}")
-
-
 def no_sync(model: nn.Module):
-    """Build the context in which a distributed model keeps its gradients to itself; for any other, one of no effect."""
+    """Return the context in which a distributed model skips the gradient all-reduce; any other model needs none."""
     return model.no_sync() if isinstance(model, nn.parallel.DistributedDataParallel) else nullcontext()
 
 
 def to_device(targets: Iterable[dict], device: torch.device) -> list[dict]:
-    """Copy the tensors of the targets; entries of another kind pass."""
+    """Copy the tensors of the targets to the device; other entries are left as they are."""
     return [
         {
             name: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
@@ -155,26 +170,38 @@ def to_device(targets: Iterable[dict], device: torch.device) -> list[dict]:
 
 
 def autocast(device: torch.device, amp: str | None) -> torch.autocast:
-    """Build the context the model runs in: half precision of a kind, or None for float32."""
+    """Return the context for the forward pass and the loss: "bf16", "fp16", or None for float32."""
     return torch.autocast(torch.device(device).type, dtype=AMP_TYPES.get(amp), enabled=amp is not None)
 
 
 def allow_tf32(yes: bool) -> None:
-    """Say, for the whole process, whether a GPU may round the inputs of float32 products to TF32's 10 bits of fraction.
+    """Set, for the whole process, whether a GPU may round inputs of float32 products to TF32's 10 bits of fraction.
 
-    PyTorch lets convolutions do so unasked, which moves outputs by about 1e-3.
+    PyTorch allows it to convolutions by default, which moves outputs by about 1e-3.
     """
     torch.backends.cudnn.allow_tf32 = yes
     torch.set_float32_matmul_precision("high" if yes else "highest")
 
 
 def loss_values(losses: dict[str, Tensor], weight_dict: dict[str, float]) -> dict[str, float]:
-    """Bring the losses to the CPU, in one copy, as the numbers the log shows.
+    """Copy the losses to the CPU, at once, as the numbers of the log.
 
     `loss` is the weighted sum, `loss_ce` and so on its weighted parts, `*_unscaled` all values as they were given.
     """
-    numbers = torch.stack([value.detach().float().mean() for value in losses.values()]).tolist()
+    return loss_values_and_norm(losses, weight_dict, None)[0]
+
+
+def loss_values_and_norm(
+    losses: dict[str, Tensor], weight_dict: dict[str, float], norm: Tensor | None
+) -> tuple[dict[str, float], float]:
+    """Copy the losses and the gradient's norm (0 if there is none yet) to the CPU at once."""
+    tensors = [value.detach().float().mean() for value in losses.values()]
+    if norm is not None:
+        tensors.append(norm.float().to(tensors[0].device))
+    *numbers, last = torch.stack(tensors).tolist() + ([0.0] if norm is None else [])
     raw = dict(zip(losses, numbers, strict=True))
     weighted = {name: raw[name] * weight for name, weight in weight_dict.items() if name in raw}
     values = {"loss": sum(weighted.values()), **weighted, **{f"{name}_unscaled": value for name, value in raw.items()}}
-    return values | ({"class_error": raw["class_error"]} if "class_error" in raw else {})
+    if "class_error" in raw:
+        values["class_error"] = raw["class_error"]
+    return values, last

@@ -1,13 +1,14 @@
 """The same run on a Slurm cluster, requeued from its last checkpoint.
 
 python run_with_submitit.py --nodes 4 --ngpus 8 --timeout 2800 --partition gpu --coco_path /data/coco
-python run_with_submitit.py --executor local --ngpus 2 --device cpu --coco_path /data/coco   # tried without a cluster
+python run_with_submitit.py --executor local --ngpus 2 --device cpu --coco_path /data/coco   # without a cluster
 
-Every flag of main.py is taken too. `--job_dir`, on a disk that all nodes see, gets the run and Slurm's logs.
+Every flag of main.py is accepted too. The run's files and Slurm's logs go to `--job_dir`, on a disk that all nodes see.
 """
 
 import argparse
 import os
+import uuid
 from pathlib import Path
 
 import main as detr
@@ -22,7 +23,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--ngpus", default=8, type=int, help="processes on each node, each with a GPU unless --device is cpu")
     add("--nodes", default=4, type=int, help="nodes")
     add("--timeout", default=60, type=int, help="minutes; a run that needs more is requeued")
-    add("--job_dir", default="./jobs/%j", help="folder of the job; %%j becomes its number")
+    add("--job_dir", default="./jobs/%j", help="folder of the job; %%j stands for its number")
     add("--executor", default="slurm", choices=("slurm", "local", "debug"),
         help="local: processes on this machine; debug: this very process")  # fmt: skip
     add("--job_name", default="detr", help="name in the queue")
@@ -37,35 +38,55 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+def get_shared_folder() -> Path:
+    """Return the folder for files that all nodes must see: `jobs` in the working directory."""
+    folder = Path("jobs").absolute()
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
+def get_init_file() -> Path:
+    """Return a new name in the shared folder, for `--dist_url file://...`."""
+    return get_shared_folder() / f"{uuid.uuid4().hex}_init"
+
+
 class Trainer:
-    """One process's share of a job, as submitit pickles and calls it."""
+    """One process of a job, as submitit pickles and calls it."""
 
     def __init__(self, args: argparse.Namespace):
         self.args = args
 
     def __call__(self) -> None:
-        """Train, or go on where an earlier attempt of the same job was stopped."""
-        import submitit
-
-        environment = submitit.JobEnvironment()
-        self.args.output_dir = self.args.job_dir.replace("%j", str(environment.job_id))
-        if any(Path(self.args.output_dir).glob("checkpoint*.pth")):
-            self.args.resume = "auto"
-        # Where the processes meet follows from the job: nothing is left behind that a requeued one could stumble over.
-        submitit.helpers.TorchDistributedEnvironment().export(set_cuda_visible_devices=False, overwrite=True)
+        """Train, or continue where an earlier attempt of the same job stopped."""
+        self._setup_gpu_args()
         detr.main(self.args)
 
     def checkpoint(self):
-        """Tell submitit what to requeue; the run itself was saved before this is called."""
+        """Return what submitit shall requeue; the run itself was saved before this is called."""
         import submitit
 
         return submitit.helpers.DelayedSubmission(type(self)(self.args))
 
+    def _setup_gpu_args(self) -> None:
+        """Set the output folder, what to resume, and the environment in which the job's processes find each other."""
+        import submitit
 
-def main(args: argparse.Namespace) -> None:
-    """Submit the job and say where it can be watched. Raises ValueError for flags that cannot be used."""
+        job_id = str(submitit.JobEnvironment().job_id)
+        self.args.output_dir = self.args.job_dir.replace("%j", job_id)
+        if any(Path(self.args.output_dir).glob("checkpoint*.pth")):
+            self.args.resume = "auto"
+        # The address follows from the job: a requeued one finds no file of an earlier attempt.
+        submitit.helpers.TorchDistributedEnvironment().export(set_cuda_visible_devices=False, overwrite=True)
+
+
+def main(args: argparse.Namespace | None = None) -> None:
+    """Submit the job and print where its logs are. `args` defaults to the command line's.
+
+    Raises ValueError for flags that cannot be used.
+    """
     import submitit
 
+    args = args or parse_args()
     detr.check_flags(args)
     if args.output_dir:
         raise ValueError(f"--output_dir {args.output_dir}: a job's output goes to --job_dir")
@@ -82,11 +103,11 @@ def main(args: argparse.Namespace) -> None:
         mem_gb=args.mem_gb or 40 * args.ngpus,
         timeout_min=args.timeout,
     )
-    wishes = {name: getattr(args, name) for name in ("partition", "account", "qos", "constraint", "comment")}
+    options = {name: getattr(args, name) for name in ("partition", "account", "qos", "constraint", "comment")}
     executor.update_parameters(
         slurm_signal_delay_s=args.signal_delay,
         slurm_srun_args=["--kill-on-bad-exit=1"],
-        **{f"slurm_{name}": value for name, value in wishes.items() if value},
+        **{f"slurm_{name}": value for name, value in options.items() if value},
     )
     job = executor.submit(Trainer(args))
     print(f"job {job.job_id}: logs {job.paths.stdout} and {job.paths.stderr}")
@@ -96,4 +117,4 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    main()

@@ -1,4 +1,4 @@
-"""A run that is killed again and again must end with the bits of one that was left alone.
+"""Check that a run killed many times ends with the same bits as an undisturbed one.
 
 python -m tests.kill_storm FOLDER --kills 20 --epochs 8      # test_kill_storm.py has a shorter form
 """
@@ -21,13 +21,13 @@ STEPS_PER_EPOCH = 8
 SECONDS = 120  # a process that does nothing for so long hangs
 
 
-class Storm:
+class KilledRun:
     """Kills of one training, each at a random moment after some more steps."""
 
     def __init__(self, folder: Path, epochs: int, seed: int):
         self.folder, self.epochs, self.random = folder, epochs, random.Random(seed)
         self.checkpoint = folder / "killed" / "checkpoint.pth"
-        self.told: dict[str, int] = {}
+        self.kills: dict[str, int] = {}
         objects = [(i, 1 + i % 2, [i, 4, 20, 30], {}) for i in range(1, 17)]
         categories = [{"id": 1, "name": "cat"}, {"id": 2, "name": "dog"}]
         write_coco(folder / "coco", "train", range(1, 17), objects, categories)
@@ -59,7 +59,7 @@ class Storm:
         else:
             os.killpg(process.pid, number)
         process.wait(SECONDS)
-        self.told[how] = self.told.get(how, 0) + 1
+        self.kills[how] = self.kills.get(how, 0) + 1
         if self.checkpoint.exists():
             torch.load(self.checkpoint, weights_only=True)
 
@@ -68,7 +68,7 @@ class Storm:
         return self.checkpoint.stat().st_mtime if self.checkpoint.exists() else 0.0
 
     def wait(self, condition, process: subprocess.Popen, pause: float = 0.01) -> None:
-        """Wait for the condition, or until the run is over (a kill is then no kill, and it is said)."""
+        """Wait for the condition, raise AssertionError if the run ends by itself."""
         deadline = time.monotonic() + SECONDS
         while not condition():
             assert process.poll() is None, f"ended by itself, see {self.folder}/killed.log; give more --epochs"
@@ -78,16 +78,16 @@ class Storm:
 
 def storm(folder: Path, kills: int, epochs: int, seed: int = 0) -> dict[str, int]:
     """Train twice, once under kills, and compare; return how often each kind of kill was used."""
-    weather = Storm(folder, epochs, seed)
-    assert weather.start("calm", 0).wait(600) == 0, (folder / "calm.log").read_text()[-2000:]
+    run = KilledRun(folder, epochs, seed)
+    assert run.start("whole", 0).wait(600) == 0, (folder / "whole.log").read_text()[-2000:]
     for _ in range(kills):
-        weather.kill()
-    assert weather.start("killed", 0).wait(600) == 0, (folder / "killed.log").read_text()[-2000:]
-    assert_same_weights(folder / "calm", folder / "killed")
-    rows = [(folder / name / "log.txt").read_text().splitlines() for name in ("calm", "killed")]
+        run.kill()
+    assert run.start("killed", 0).wait(600) == 0, (folder / "killed.log").read_text()[-2000:]
+    assert_same_weights(folder / "whole", folder / "killed")
+    rows = [(folder / name / "log.txt").read_text().splitlines() for name in ("whole", "killed")]
     assert [json.loads(row) for row in rows[0]] == [json.loads(row) for row in rows[1]]
-    assert not list((folder / "killed").glob(".*")), "something unfinished was left behind"
-    return weather.told
+    assert not list((folder / "killed").rglob("*.draft")), "an unfinished file was left"
+    return run.kills
 
 
 if __name__ == "__main__":

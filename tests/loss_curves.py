@@ -1,4 +1,4 @@
-"""Train the same steps as this project does, and plainly, and lay the loss curves on each other.
+"""Train the same steps in this project's way and in plain PyTorch, and compare the loss curves.
 
 python -m tests.loss_curves curves.png --steps 200 --ways plain fast bf16 compiled --coco_path COCO --device cpu
 
@@ -21,9 +21,22 @@ from torch import Tensor, nn
 from datasets import build_dataset
 from engine import compile_network, train_one_epoch
 from main import build_run, build_train_loader, get_args_parser
-from models import backbone, build_model
+from models import backbone, build_model, resnet
 from models.attention import Attention
 from util.nested_tensor import NestedTensor
+
+
+class LossRecorder:
+    """Stands in for `util.run.Run`: record the sum of the losses after each step."""
+
+    batches_done, sums = 0, {}
+
+    def __init__(self):
+        self.totals = [0.0]
+
+    def after_step(self, _, metrics) -> None:
+        """Append the epoch's sum so far to that of the epochs before."""
+        self.totals.append(self.before + metrics.sums()["loss"][0])
 
 
 def curve(args: argparse.Namespace, way: str, steps: int) -> list[float]:
@@ -32,7 +45,7 @@ def curve(args: argparse.Namespace, way: str, steps: int) -> list[float]:
     train_set = build_dataset("train", args)
     args.num_classes = args.num_classes or train_set.num_classes
     model, criterion, _ = build_model(args)
-    device, totals = torch.device(args.device), [0.0]
+    device, recorder = torch.device(args.device), LossRecorder()
     optimizer = build_run(args, model.to(device), train_set).optimizer
     batches = build_train_loader(train_set, args, device)
     if way == "plain":
@@ -46,28 +59,28 @@ def curve(args: argparse.Namespace, way: str, steps: int) -> list[float]:
         for epoch in range(-(-steps // len(batches))):
             train_set.set_epoch(epoch)
             batches.batch_sampler.set_epoch(epoch)
-            loader = list(batches)[: steps - len(totals) + 1]
+            loader = list(batches)[: steps - len(recorder.totals) + 1]
             if way == "plain":
                 loader = [(normalised(samples), targets) for samples, targets in loader]
-            before = totals[-1]
+            recorder.before = recorder.totals[-1]
             train_one_epoch(
                 model, criterion, loader, optimizer, device, epoch, args.clip_max_norm, print_freq=50,
-                amp="bf16" if way == "bf16" else None,
-                after_step=lambda _, metrics: totals.append(before + metrics.sums()["loss"][0]),  # noqa: B023
+                amp="bf16" if way == "bf16" else None, state=recorder,
             )  # fmt: skip
-    return np.diff(totals).tolist()
+    return np.diff(recorder.totals).tolist()
 
 
 @contextmanager
 def plainly() -> Iterator[None]:
-    """Take torchvision's and PyTorch's own forward passes."""
+    """Use torchvision's and PyTorch's own forward passes."""
+
+    def attention(self, query, key, value, key_padding_mask=None, need_weights=False, attn_mask=None):
+        masks = {"key_padding_mask": key_padding_mask, "attn_mask": attn_mask}
+        return nn.MultiheadAttention.forward(self, query, key, value, need_weights=need_weights, **masks)
+
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(backbone, "_run", lambda module, x: module(x))
-        patch.setattr(backbone, "_conv_norm", lambda parts, x: parts[1](parts[0](x)))
-
-        def attention(self, query, key, value, padding=None):
-            return nn.MultiheadAttention.forward(self, query, key, value, key_padding_mask=padding)
-
+        patch.setattr(resnet.FoldedBasicBlock, "forward", resnet.BasicBlock.forward)
+        patch.setattr(resnet.FoldedBottleneck, "forward", resnet.Bottleneck.forward)
         patch.setattr(Attention, "forward", attention)
         yield
 

@@ -8,10 +8,11 @@ import pytest
 import torch
 from torch import nn
 
+from util import download
 from util.checkpoint import load_checkpoint, load_model, newest_checkpoint, save_checkpoint
 
 
-def test_what_is_saved_comes_back(tmp_path):
+def test_save_then_load_gives_the_same_state(tmp_path):
     state = {"model": {"a": torch.ones(2)}, "epoch": 3, "args": {"lr": 1e-4, "resume": None}}
     save_checkpoint(state, tmp_path / "one.pth", tmp_path / "two.pth")
     for name in ("one.pth", "two.pth"):
@@ -24,7 +25,7 @@ def test_what_is_saved_comes_back(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["one.pth", "two.pth"]
 
 
-def test_a_failing_write_leaves_the_old_file_whole(tmp_path, monkeypatch):
+def test_save_checkpoint_that_fails_leaves_the_old_file_intact(tmp_path, monkeypatch):
     save_checkpoint({"model": {}, "epoch": 1}, tmp_path / "c.pth")
 
     def full(state, file):
@@ -39,7 +40,7 @@ def test_a_failing_write_leaves_the_old_file_whole(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("folder", ["absent", "read-only", "full"])
-def test_what_cannot_be_written_is_named(tmp_path, monkeypatch, folder):
+def test_save_checkpoint_that_fails_names_the_file(tmp_path, monkeypatch, folder):
     path = tmp_path / folder / "c.pth"
     if folder != "absent":
         path.parent.mkdir()
@@ -49,11 +50,12 @@ def test_what_cannot_be_written_is_named(tmp_path, monkeypatch, folder):
         raise OSError(30, "Read-only file system") if folder == "read-only" else RuntimeError("write failed: pos 0")
 
     if folder == "read-only":
-        monkeypatch.setattr("util.checkpoint.tempfile.mkstemp", refuse)  # root may write anywhere
+        monkeypatch.setattr("builtins.open", refuse)  # root may write anywhere
     elif folder == "full":
         monkeypatch.setattr(torch, "save", refuse)
     with pytest.raises(OSError, match=f"{folder}/c.pth could not be written .*resume"):
         save_checkpoint({"model": {}, "epoch": 2}, path)
+    monkeypatch.undo()
     if folder != "absent":
         assert load_checkpoint(path)["epoch"] == 1 and len(list(path.parent.iterdir())) == 1
 
@@ -63,7 +65,7 @@ def test_official_files_with_a_namespace_load(tmp_path):
     assert load_checkpoint(tmp_path / "official.pth")["args"].lr == 1e-4
 
 
-def test_so_do_those_of_a_cluster_whose_flags_hold_a_path(tmp_path):
+def test_official_files_with_a_path_among_the_flags_load(tmp_path):
     folder = Path("/checkpoint/me/experiments/17")
     torch.save({"model": {}, "args": argparse.Namespace(output_dir=folder)}, tmp_path / "submitit.pth")
     assert load_checkpoint(tmp_path / "submitit.pth")["args"].output_dir == folder
@@ -130,23 +132,116 @@ def test_one_process_downloads_and_the_others_wait(tmp_path):
     assert "".join(said).split() == ["downloading"]
 
 
-def test_what_does_not_fit_the_model_is_told():
+def test_load_model_with_other_shapes_names_them():
     with pytest.raises(
         ValueError, match=r"given.pth .*3 entries.*no bias; unexpected extra; weight is \[3, 2\].*\[2, 3\]"
     ):
         load_model(nn.Linear(3, 2), {"model": {"weight": torch.ones(3, 2), "extra": torch.ones(1)}}, "given.pth")
 
 
-def test_the_newest_checkpoint_that_loads(tmp_path, monkeypatch):
-    from util import checkpoint
+def save(path, epoch, seen=0):
+    save_checkpoint({"model": {"w": torch.zeros(100)}, "epoch": epoch, "seen": seen}, path)
 
-    said = []
-    monkeypatch.setattr(checkpoint.logger, "warning", said.append)
+
+def test_newest_checkpoint_goes_by_the_position_inside_the_files(tmp_path, caplog):
     assert newest_checkpoint(tmp_path) is None
-    for age, name in enumerate(["checkpoint_best.pth", "checkpoint.pth", "checkpoint0007.pth"]):
-        save_checkpoint({"model": {}}, tmp_path / name)
-        os.utime(tmp_path / name, (1000 - age, 1000 - age))
-    assert newest_checkpoint(tmp_path).name == "checkpoint.pth"
+    save(tmp_path / "checkpoint_best.pth", 9)
+    save(tmp_path / "checkpoint.pth", 4, 20)
+    save(tmp_path / "checkpoint0007.pth", 4)  # written last
+    path, state = newest_checkpoint(tmp_path)
+    assert path.name == "checkpoint.pth" and state["seen"] == 20
     (tmp_path / "checkpoint.pth").write_bytes(b"cut short")
-    assert newest_checkpoint(tmp_path).name == "checkpoint0007.pth"
-    assert "checkpoint.pth" in said[0]
+    assert newest_checkpoint(tmp_path)[0].name == "checkpoint0007.pth"
+    assert "checkpoint.pth" in caplog.text
+
+
+@pytest.mark.parametrize("damage", ["cut", "bit"])
+def test_newest_checkpoint_with_a_damaged_file_takes_the_next(tmp_path, damage):
+    save(tmp_path / "checkpoint0001.pth", 1)
+    save(tmp_path / "checkpoint.pth", 2)
+    content = bytearray((tmp_path / "checkpoint.pth").read_bytes())
+    if damage == "cut":
+        content = content[:-300]
+    else:
+        content[content.index(bytes(400)) + 100] ^= 1  # in the middle of the tensor's zeros
+    (tmp_path / "checkpoint.pth").write_bytes(content)
+    assert newest_checkpoint(tmp_path)[0].name == "checkpoint0001.pth"
+    if damage == "bit":
+        with pytest.raises(ValueError, match="checkpoint.pth: damaged: the checksum of .* does not match"):
+            load_checkpoint(tmp_path / "checkpoint.pth")
+
+
+@pytest.mark.parametrize("error", [OSError(116, "Stale file handle"), MemoryError("x"), RuntimeError("can't allocate")])
+def test_newest_checkpoint_that_cannot_be_read_now_stops_the_run(tmp_path, monkeypatch, error):
+    save(tmp_path / "checkpoint0001.pth", 1)
+    save(tmp_path / "checkpoint.pth", 2)
+
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr(torch, "load", fail)
+    with pytest.raises((OSError, MemoryError)):
+        newest_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("name, content", [("checkpoint.pth", b"cut"), ("checkpoint_best.pth", None)])
+def test_newest_checkpoint_where_none_is_usable_refuses(tmp_path, name, content):
+    save(tmp_path / name, 2)
+    if content:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=f"holds no checkpoint that --resume auto can use, but {name}"):
+        newest_checkpoint(tmp_path)
+
+
+def test_save_checkpoint_respects_umask(tmp_path):
+    before = os.umask(0o077)
+    save(tmp_path / "private.pth", 1)
+    os.umask(0o022)
+    save(tmp_path / "shared.pth", 1)
+    os.umask(before)
+    assert [oct((tmp_path / name).stat().st_mode)[-3:] for name in ("private.pth", "shared.pth")] == ["600", "644"]
+
+
+def test_load_model_with_weights_that_are_not_finite_is_refused():
+    state = {"weight": torch.full((2, 3), float("nan")), "bias": torch.zeros(2)}
+    with pytest.raises(ValueError, match="given.pth: 1 entries hold NaN or infinite values, weight"):
+        load_model(nn.Linear(3, 2), {"model": state}, "given.pth")
+
+
+@pytest.fixture
+def server(tmp_path, monkeypatch):
+    """A folder, served as https://host/..., and the cache."""
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
+    files = {}
+
+    def fetch(url, target, digest):
+        Path(target).write_bytes(files[url])
+
+    monkeypatch.setattr(torch.hub, "download_url_to_file", fetch)
+    return files
+
+
+def test_load_checkpoint_from_two_urls_of_one_name_gives_two_files(server, tmp_path):
+    for number, name in enumerate("ab"):
+        torch.save({"model": {"w": torch.tensor(number)}}, tmp_path / "x.pth")
+        server[f"https://host/{name}/checkpoint.pth"] = (tmp_path / "x.pth").read_bytes()
+    assert [int(load_checkpoint(url)["model"]["w"]) for url in server] == [0, 1]
+
+
+def test_load_checkpoint_from_a_truncated_download_removes_it(server, tmp_path):
+    torch.save({"model": {"w": torch.zeros(1000)}}, tmp_path / "x.pth")
+    whole = (tmp_path / "x.pth").read_bytes()
+    server["https://host/x.pth"] = whole[:2000]
+    with pytest.raises(ValueError, match=r"https://host/x.pth: not a readable.*cached copy .*_x.pth was removed"):
+        load_checkpoint("https://host/x.pth")
+    server["https://host/x.pth"] = whole
+    assert len(load_checkpoint("https://host/x.pth")["model"]["w"]) == 1000
+
+
+def test_download_over_http_without_a_hash_warns(server, tmp_path, caplog):
+    server.update({"http://host/x.pth": b"1", "https://host/y.pth": b"2", "http://host/z-0123456789.pth": b"3"})
+    for url in server:
+        download.download(url)
+    assert [record.args or record.message for record in caplog.records if "verified" in record.message] == [
+        "http://host/x.pth: neither the connection nor the file can be verified (no https, no hash)"
+    ]

@@ -47,13 +47,27 @@ def test_an_epoch_learns_and_reports_what_the_log_needs():
     assert stats[0]["loss"] == pytest.approx(sum(stats[0][name] for name in names))
 
 
-def test_lines_look_as_they_always_did(capsys):
+def test_log_lines_have_the_published_format(caplog):
     model, criterion, _, optimizer = parts()
+    caplog.set_level("INFO", "detr")
     train_one_epoch(model, criterion, [batch()] * 3, optimizer, torch.device("cpu"), 7, print_freq=2)
-    first, last, total = capsys.readouterr().out.splitlines()
+    first, last, total = [record.getMessage() for record in caplog.records]
     head = r"Epoch: \[7\]  \[0/3\]  eta: 0:\d\d:\d\d  lr: 0.001000  class_error: \d+.\d\d  "
     assert re.match(head + r"loss: [\d.]+ \([\d.]+\)  loss_ce: .*time: [\d.]+  data: [\d.]+", first), first
     assert "[2/3]" in last and total.startswith("Epoch: [7] Total time: 0:0")
+
+
+def test_train_with_a_criterion_without_class_error_leaves_it_out():
+    model, criterion, _, optimizer = parts()
+
+    class Boxes(nn.Module):
+        weight_dict = criterion.weight_dict
+
+        def forward(self, outputs, targets):
+            return {name: value for name, value in criterion(outputs, targets).items() if "class_error" not in name}
+
+    stats = train_one_epoch(model, Boxes(), [batch()], optimizer, torch.device("cpu"), 0)
+    assert "class_error" not in stats and all(map(math.isfinite, stats.values()))
 
 
 def test_gradients_accumulate_to_the_mean_of_the_batches():
@@ -126,6 +140,37 @@ def test_fp16_scales_its_loss_and_leaves_out_steps_that_overflow():
         weights.append(model.class_embed.weight.clone())
     assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[1], weights[2])
     assert run.scaler.get_scale() == 2**7 and weights[2].isfinite().all()
+
+
+@pytest.mark.parametrize("max_norm", [0, 0.1])
+def test_train_with_a_gradient_that_is_not_finite_stops_before_the_step(max_norm):
+    model, criterion, _, optimizer = parts()
+    model.query_embed.weight.register_hook(lambda gradient: gradient * float("nan"))
+    before = model.class_embed.weight.detach().clone()
+    with pytest.raises(FloatingPointError, match=r"epoch 3, step 0, images \[5, 6\].*gradient of query_embed.weight"):
+        train_one_epoch(model, criterion, [batch(2, 5)], optimizer, torch.device("cpu"), 3, max_norm)
+    assert torch.equal(before, model.class_embed.weight)
+
+
+def test_train_in_fp16_with_a_forward_overflow_skips_the_step_and_stops_when_a_lower_scale_does_not_help():
+    model, criterion, _, _ = parts("--backbone_norm batch")
+    run = main.build_run(parse("--amp fp16"), model, SimpleNamespace(class_names={}))
+    calls = []
+
+    def overflow(module, inputs, output):
+        calls.append(1)
+        return (output.half() * 60000 * 60000).to(output.dtype) if len(calls) == 2 else output
+
+    handle = model.class_embed.register_forward_hook(overflow)
+    options = {"amp": "fp16", "scaler": run.scaler}
+    run.scaler.load_state_dict({**run.scaler.state_dict(), "scale": 2.0**7})
+    stats = train_one_epoch(model, criterion, [batch(1)] * 3, run.optimizer, torch.device("cpu"), 0, 0.1, **options)
+    assert math.isfinite(stats["loss"]) and all(p.isfinite().all() for p in model.parameters())
+    assert run.scaler.get_scale() == 2**6
+    handle.remove()
+    model.class_embed.register_forward_hook(lambda *args: args[-1] * float("inf"))
+    with pytest.raises(FloatingPointError, match="epoch 1, step 36"):
+        train_one_epoch(model, criterion, [batch(1)] * 60, run.optimizer, torch.device("cpu"), 1, 0.1, **options)
 
 
 def test_a_batch_without_objects_trains():

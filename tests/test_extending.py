@@ -49,7 +49,15 @@ def apply_edits(section, project):
 def run(project, coco_root, section):
     """Run the section's command, with the flags of a tiny model; return what it printed."""
     (flags,) = re.findall(r"^```\npython main.py (.*?)\n```", section, re.MULTILINE | re.DOTALL)
-    command = [sys.executable, "main.py", *TINY.split(), "--coco_path", str(coco_root), "--output_dir", str(project / "out")]
+    command = [
+        sys.executable,
+        "main.py",
+        *TINY.split(),
+        "--coco_path",
+        str(coco_root),
+        "--output_dir",
+        str(project / "out"),
+    ]
     done = subprocess.run([*command, "--epochs", "1", *flags.split()], cwd=project, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return done.stdout + (project / "out" / "log.txt").read_text()

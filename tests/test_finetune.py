@@ -17,28 +17,28 @@ def small(flags=""):
 
 def test_all_of_an_equal_model_is_kept():
     origin, model = small("--num_classes 4"), small("--num_classes  4")
-    told = finetune(model, origin.state_dict(), "origin.pth")
-    assert len(told) == 1 and "origin.pth" in told[0]
+    lines = finetune(model, origin.state_dict(), "origin.pth")
+    assert len(lines) == 1 and "origin.pth" in lines[0]
     assert all(torch.equal(value, origin.state_dict()[name]) for name, value in model.state_dict().items())
 
 
 def test_another_number_of_classes_begins_only_the_class_head_anew():
     origin, model = small("--num_classes 4"), small("--num_classes 6")
     before = model.class_embed.weight.clone()
-    told = finetune(model, origin.state_dict(), "origin.pth")
-    assert told[1:] == ["class head begun anew: 4 classes there, 6 here"]
+    lines = finetune(model, origin.state_dict(), "origin.pth")
+    assert lines[1:] == ["class head re-initialised: 4 classes there, 6 here"]
     assert torch.equal(model.class_embed.weight, before)
     names = [name for name in model.state_dict() if not name.startswith("class_embed")]
     assert all(torch.equal(model.state_dict()[name], origin.state_dict()[name]) for name in names)
 
 
 @pytest.mark.parametrize(
-    ("queries", "told"), [(5, "queries: the first 5 of 8"), (11, "queries: 8 from there, 3 begun anew")]
+    ("queries", "lines"), [(5, "queries: the first 5 of 8"), (11, "queries: 8 from there, 3 re-initialised")]
 )
-def test_the_first_queries_are_taken(queries, told):
+def test_the_first_queries_are_taken(queries, lines):
     origin, model = small("--num_classes 4"), small(f"--num_classes 4 --num_queries {queries}")
     rest = model.query_embed.weight[8:].clone()
-    assert finetune(model, origin.state_dict(), "origin.pth")[1:] == [told]
+    assert finetune(model, origin.state_dict(), "origin.pth")[1:] == [lines]
     count = min(queries, 8)
     assert torch.equal(model.query_embed.weight[:count], origin.query_embed.weight[:count])
     assert torch.equal(model.query_embed.weight[8:], rest)
@@ -46,22 +46,20 @@ def test_the_first_queries_are_taken(queries, told):
 
 def test_layers_that_only_one_of_the_two_has_are_listed():
     deep, shallow = small("--num_classes 4 --dec_layers 3"), small("--num_classes 4")
-    assert "not used, no place for them here: 18 entries" in finetune(shallow, deep.state_dict(), "deep.pth")[1]
-    told = finetune(deep, small("--num_classes 4").state_dict(), "shallow.pth")[1]
-    assert "begun anew, absent there or of another size: 18 entries, transformer.decoder.layers.2" in told
+    assert "not used (absent here): 18 entries" in finetune(shallow, deep.state_dict(), "deep.pth")[1]
+    lines = finetune(deep, small("--num_classes 4").state_dict(), "shallow.pth")[1]
+    assert "re-initialised (absent there, or of another size): 18 entries, transformer.decoder.layers.2" in lines
 
 
 def test_box_and_mask_models_take_each_others_weights():
     width = "--num_classes 4 --hidden_dim 128 --nheads 8"
     boxes, masks = small(width), small(f"{width} --masks")
-    told = finetune(boxes, masks.state_dict(), "masks.pth")
-    assert (
-        told[0].startswith("fine-tuning from masks.pth") and "not used, no place for them here: 32 entries" in told[1]
-    )
+    lines = finetune(boxes, masks.state_dict(), "masks.pth")
+    assert lines[0].startswith("fine-tuning from masks.pth") and "not used (absent here): 32 entries" in lines[1]
     assert torch.equal(boxes.query_embed.weight, masks.detr.query_embed.weight)
     masks = small(f"{width}  --masks ")
-    told = finetune(masks, boxes.state_dict(), "boxes.pth")
-    assert "begun anew, absent there or of another size: 32 entries, bbox_attention" in told[1]
+    lines = finetune(masks, boxes.state_dict(), "boxes.pth")
+    assert "re-initialised (absent there, or of another size): 32 entries, bbox_attention" in lines[1]
     assert torch.equal(boxes.query_embed.weight, masks.detr.query_embed.weight)
 
 

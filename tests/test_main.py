@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -14,7 +15,7 @@ import torch
 import engine
 import main
 from tests.helpers import TINY, parse
-from util.interruption import SIGNALS
+from util.interruption import SIGNALS, Interruption
 
 pytestmark = pytest.mark.slow
 
@@ -73,7 +74,7 @@ def test_a_run_leaves_log_checkpoints_curves_and_predictions(finished):
     root, _ = finished
     names = {str(p.relative_to(root / "whole")) for p in (root / "whole").rglob("*") if p.is_file()}
     assert names == {
-        "checkpoint.pth", "checkpoint0001.pth", "checkpoint_best.pth", "log.txt", "curves.png",
+        ".lock", "checkpoint.pth", "checkpoint0001.pth", "checkpoint_best.pth", "log.txt", "curves.png",
         "predictions_bbox.json", "eval/latest.pth", "eval/000.pth",
     }  # fmt: skip
     rows = log_of(root / "whole")
@@ -99,15 +100,23 @@ def test_a_resumed_run_gives_the_same_bits(finished):
 
 
 def interrupt(monkeypatch, where, action):
-    """Do something in the middle of a step, named as in `epoch 1, step 0`."""
-    check_finite = engine.check_finite
+    """Run an action in the middle of a step, before the weights change; the step is named as in `epoch 1, step 0`."""
+    norm_of, place = engine.gradient_norm, {"epoch": None, "step": 0}
+    train = main.train_one_epoch
 
-    def check(values, place):
-        check_finite(values, place)
-        if place.startswith(where):
+    def train_one_epoch(*args, state=None, **options):
+        place.update(epoch=args[5], step=state.batches_done)
+        return train(*args, state=state, **options)
+
+    def gradient_norm(model):
+        norm = norm_of(model)
+        if where in (f"epoch {place['epoch']}", f"epoch {place['epoch']}, step {place['step']}"):
             action()
+        place["step"] += 1
+        return norm
 
-    monkeypatch.setattr(engine, "check_finite", check)
+    monkeypatch.setattr(main, "train_one_epoch", train_one_epoch)
+    monkeypatch.setattr(engine, "gradient_norm", gradient_norm)
 
 
 def assert_same_run(whole, pieces):
@@ -120,9 +129,12 @@ def assert_same_run(whole, pieces):
 @pytest.mark.parametrize("number", SIGNALS)
 def test_a_signal_ends_a_run_after_its_step_and_no_bit_is_lost(finished, monkeypatch, tmp_path, number):
     root, flags = finished
+    default = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
+    before = signal.signal(number, default)  # a test runner under nohup ignores SIGHUP
     with monkeypatch.context() as patch, pytest.raises(SystemExit) as end:
         interrupt(patch, "epoch 1, step 0", lambda: signal.raise_signal(number))
         run(f"{flags} --output_dir {tmp_path}")
+    signal.signal(number, before)
     assert end.value.code == 128 + number and len(log_of(tmp_path)) == 1
     state = torch.load(tmp_path / "checkpoint.pth", weights_only=True)
     assert (state["epoch"], state["seen"]) == (0, 2)
@@ -141,14 +153,24 @@ def test_a_handler_that_was_there_before_has_its_turn_after_the_save(finished, m
     assert calls == [True]
 
 
-def test_a_crash_costs_no_more_than_the_steps_since_the_last_save(finished, monkeypatch, tmp_path):
-    def crash():
-        raise RuntimeError("a broken disk, say")
+def test_an_error_in_mid_epoch_saves_the_steps_before_it(finished, monkeypatch, tmp_path):
+    root, flags = finished
+    for place, saved in (("epoch 1, step 1", (0, 2)), ("epoch 2, step 1", (1, 2))):
+        with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="broken disk"):
+            interrupt(patch, place, broken)
+            run(f"{flags} --output_dir {tmp_path} --resume auto")
+        state = torch.load(tmp_path / "checkpoint.pth", weights_only=True)
+        assert (state["epoch"], state["seen"]) == saved
+    run(f"{flags} --output_dir {tmp_path} --resume auto")
+    assert_same_run(root / "whole", tmp_path)
 
+
+def test_a_kill_costs_no_more_than_the_steps_since_the_last_save(finished, monkeypatch, tmp_path):
     root, flags = finished
     for place in ("epoch 1, step 1", "epoch 2, step 1"):
         with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="broken disk"):
-            interrupt(patch, place, crash)
+            patch.setattr(main.Run, "_save_after_error", lambda _: None)
+            interrupt(patch, place, broken)
             run(f"{flags} --output_dir {tmp_path} --save_every_steps 1 --resume auto")
     run(f"{flags} --output_dir {tmp_path} --resume auto")
     assert_same_run(root / "whole", tmp_path)
@@ -158,7 +180,7 @@ def test_an_error_ends_the_process_though_it_has_workers(finished, tmp_path):
     _, flags = finished
     (tmp_path / "broken.py").write_text(
         "import engine, main, sys\n"
-        "engine.check_finite = lambda *_: 1 / 0\n"
+        "engine.gradient_norm = lambda *_: 1 / 0\n"
         "main.main(main.argparse.ArgumentParser(parents=[main.get_args_parser()]).parse_args())\n"
     )
     command = [sys.executable, str(tmp_path / "broken.py"), *TINY.split(), *flags.split(), "--num_workers", "2"]
@@ -181,7 +203,7 @@ def test_a_crash_in_the_evaluation_costs_no_training(finished, monkeypatch, tmp_
 def test_a_row_whose_checkpoint_was_never_written_is_written_once(finished, monkeypatch, tmp_path):
     root, flags = finished
     with monkeypatch.context() as patch, pytest.raises(KeyError, match="killed"):
-        patch.setattr(main, "draw_curves", lambda *_: {}["killed"])
+        patch.setattr(main.Run, "_draw_curves", lambda _: {}["killed"])
         run(f"{flags} --output_dir {tmp_path}")
     assert len(log_of(tmp_path)) == 1
     run(f"{flags} --output_dir {tmp_path} --resume auto")
@@ -190,26 +212,47 @@ def test_a_row_whose_checkpoint_was_never_written_is_written_once(finished, monk
 
 @pytest.mark.parametrize("changed, rates", [
     ("--lr 5e-5", [5e-6, 1e-5 / 10]), ("--lr_backbone 3e-5", [1e-5, 3e-6]), ("--lr_drop 5", [1e-4, 1e-5]),
+    ("--weight_decay 0.5", [1e-5, 1e-5 / 10]),
 ])  # fmt: skip
-def test_rates_given_at_resume_hold_from_there_on(finished, tmp_path, caplog, monkeypatch, changed, rates):
+def test_resume_with_changed_rates_uses_and_logs_them(finished, tmp_path, caplog, changed, rates):
     root, flags = finished
-    said = []
-    monkeypatch.setattr(main.logger, "info", said.append)
+    caplog.set_level("INFO", "detr")
     run(f"{flags} {changed} --epochs 4 --resume {root}/whole/checkpoint.pth --output_dir {tmp_path}")
     assert [row["train_lr"] for row in log_of(tmp_path)] == [pytest.approx(rates[0])]
-    groups = torch.load(tmp_path / "checkpoint.pth", weights_only=True)["lr_scheduler"]["base_lrs"]
-    assert groups == [float(parse(f"{flags} {changed}").lr), float(parse(f"{flags} {changed}").lr_backbone)]
+    args, state = parse(f"{flags} {changed}"), torch.load(tmp_path / "checkpoint.pth", weights_only=True)
+    assert state["lr_scheduler"]["base_lrs"] == [args.lr, args.lr_backbone]
     name, value = changed.split()
-    assert any("unlike the checkpoint's" in str(line) and f"{name} " in str(line) for line in said)
-    optimizer = torch.load(tmp_path / "checkpoint.pth", weights_only=True)["optimizer"]["param_groups"]
-    drop = parse(f"{flags} {changed}").lr_drop
-    assert optimizer[1]["lr"] == pytest.approx(groups[1] * 0.1 ** (4 // drop))
+    assert re.search(f"flags changed since the checkpoint take effect: .*{name} ", caplog.text)
+    groups = state["optimizer"]["param_groups"]
+    assert groups[1]["lr"] == pytest.approx(args.lr_backbone * 0.1 ** (4 // args.lr_drop))
+    assert {group["weight_decay"] for group in groups} == {args.weight_decay}
+
+
+@pytest.mark.parametrize("schedule", [
+    lambda args, optimizer: torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=args.epochs),
+    lambda args, optimizer: torch.optim.lr_scheduler.LambdaLR(optimizer, lambda epoch: 1 / (1 + epoch)),
+])  # fmt: skip
+def test_resume_with_another_schedule_gives_the_same_bits(finished, tmp_path, monkeypatch, schedule):
+    _, flags = finished
+    monkeypatch.setattr(main, "build_lr_scheduler", schedule)
+    run(f"{flags} --output_dir {tmp_path}/whole")
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="broken"):
+        interrupt(patch, "epoch 2, step 1", broken)
+        run(f"{flags} --output_dir {tmp_path}/pieces")
+    run(f"{flags} --output_dir {tmp_path}/pieces --resume auto")
+    assert_same_run(tmp_path / "whole", tmp_path / "pieces")
+    rates = [row["train_lr"] for row in log_of(tmp_path / "pieces")]
+    assert rates[0] > rates[1] > rates[2]
+
+
+def broken():
+    raise RuntimeError("a broken disk")
 
 
 def test_fewer_epochs_than_done_and_other_parameters_are_refused(finished):
     root, flags = finished
     whole = root / "whole" / "checkpoint.pth"
-    with pytest.raises(ValueError, match="--epochs 2, but .* 3 epochs behind it"):
+    with pytest.raises(ValueError, match="--epochs 2, but .* has trained 3 epochs"):
         run(f"{flags} --epochs 2 --resume {whole}")
     with pytest.raises(ValueError, match="checkpoint.pth: its optimizer trained other parameters.*--finetune"):
         run(f"{flags} --epochs 4 --lr_backbone 0 --resume {whole}")
@@ -316,24 +359,24 @@ def test_the_flags_reach_the_loop_and_the_optimizer(finished, monkeypatch):
         return {}
 
     monkeypatch.setattr(main, "train_one_epoch", train)
-    monkeypatch.setattr(main, "evaluate", lambda *_, **how: seen.update(judge=how) or ({}, None))
+    monkeypatch.setattr(main, "evaluate", lambda *_, **how: seen.update(evaluate=how) or ({}, None))
     more = "--clip_max_norm 0.7 --accum_steps 2 --amp bf16 --weight_decay 0.03 --coco_eval pycocotools --num_workers 1"
     run(f"{flags} --epochs 1 {more}")
     assert (seen["max_norm"], seen["accum_steps"], seen["amp"], seen["workers"]) == (0.7, 2, "bf16", 1)
-    assert seen["decay"] == {0.03} and seen["judge"]["amp"] == "bf16"
-    assert seen["judge"]["coco_backend"] == "pycocotools"
+    assert seen["decay"] == {0.03} and seen["evaluate"]["amp"] == "bf16"
+    assert seen["evaluate"]["coco_backend"] == "pycocotools"
 
 
-def test_a_crash_among_the_files_of_an_epoch_costs_none_of_them(finished, monkeypatch, tmp_path):
+def test_a_crash_between_the_files_of_an_epoch_loses_none_of_them(finished, monkeypatch, tmp_path):
     root, flags = finished
     save, epochs = main.Run.save, []
 
-    def killed_after_the_first_file(self, folder, *names):
+    def killed_after_the_first_file(self, *names):
         if len(names) > 1:
             epochs.append(self.epoch)
-            save(self, folder, names[0])
+            save(self, names[0])
             raise KeyError("killed")
-        save(self, folder, *names)
+        save(self, *names)
 
     with monkeypatch.context() as patch, pytest.raises(KeyError, match="killed"):
         patch.setattr(main.Run, "save", killed_after_the_first_file)
@@ -342,13 +385,6 @@ def test_a_crash_among_the_files_of_an_epoch_costs_none_of_them(finished, monkey
     run(f"{flags} --output_dir {tmp_path} --resume auto")
     assert_same_run(root / "whole", tmp_path)
     assert {path.name for path in tmp_path.glob("*.pth")} == {path.name for path in (root / "whole").glob("*.pth")}
-
-
-def test_a_log_may_hold_lines_that_are_not_ours(finished, tmp_path):
-    log = tmp_path / "log.txt"
-    log.write_text('a note\n{"epoch": 0}\n[1]\n{"epoch": 1}\n{"epoch": 2')
-    main.forget_rows(log, 1)
-    assert log.read_text() == 'a note\n{"epoch": 0}\n[1]\n' and list(tmp_path.iterdir()) == [log]
 
 
 def test_the_number_of_classes_is_the_checkpoints_where_a_run_goes_on(finished, tmp_path):
@@ -360,14 +396,13 @@ def test_the_number_of_classes_is_the_checkpoints_where_a_run_goes_on(finished, 
     assert len(state["model"]["class_embed.bias"]) == 92 and state["args"]["num_classes"] == 91
 
 
-def test_another_network_of_the_same_weights_is_told(finished, monkeypatch):
+def test_a_checkpoint_of_another_network_with_the_same_weights_warns(finished, caplog):
     root, flags = finished
-    said = []
-    monkeypatch.setattr(main.logger, "warning", said.append)
+    caplog.set_level("WARNING", "detr")
     run(f"{flags} --eval --resume {root}/whole/checkpoint.pth --batch_size 1")
-    assert said == []
+    assert "another network" not in caplog.text
     run(f"{flags} --eval --resume {root}/whole/checkpoint.pth --nheads 8")
-    assert len(said) == 1 and "another network: --nheads 4 -> 8" in said[0]
+    assert "another network: --nheads 4 -> 8" in caplog.text
 
 
 def test_old_flags_are_enough(finished):
@@ -387,3 +422,89 @@ def test_an_optimizer_of_other_parameters_is_refused_though_it_has_as_many(finis
     torch.save(state, tmp_path / "other.pth")
     with pytest.raises(ValueError, match="other.pth: its optimizer trained other parameters.*an average of shape"):
         run(f"{flags} --epochs 4 --resume {tmp_path}/other.pth")
+
+
+def test_a_run_over_an_earlier_one_is_refused_unless_overwritten(finished, tmp_path):
+    _, flags = finished
+    run(f"{flags} --output_dir {tmp_path}")
+    before = (tmp_path / "checkpoint.pth").read_bytes()
+    with pytest.raises(ValueError, match="holds the results of an earlier run.*checkpoint0001.pth.*--overwrite"):
+        run(f"{flags} --epochs 1 --seed 7 --output_dir {tmp_path}")
+    assert (tmp_path / "checkpoint.pth").read_bytes() == before and len(log_of(tmp_path)) == 3
+    run(f"{flags} --epochs 1 --seed 7 --output_dir {tmp_path} --overwrite")
+    assert len(log_of(tmp_path)) == 1 and not (tmp_path / "checkpoint0001.pth").exists()
+
+
+def test_resume_from_an_earlier_checkpoint_of_the_folder_needs_overwrite(finished, tmp_path):
+    root, flags = finished
+    run(f"{flags} --output_dir {tmp_path}")
+    with pytest.raises(ValueError, match="later epochs: checkpoint.pth"):
+        run(f"{flags} --output_dir {tmp_path} --resume {tmp_path}/checkpoint0001.pth")
+    run(f"{flags} --output_dir {tmp_path} --resume {tmp_path}/checkpoint0001.pth --overwrite")
+    assert_same_run(root / "whole", tmp_path)
+
+
+@pytest.fixture
+def unreadable(tmp_path):
+    """Flags of a run in whose first epoch the third of four images cannot be decoded."""
+    from tests.helpers import write_coco
+
+    write_coco(tmp_path / "coco", "train", [1, 2, 3, 4], [(i, 1, [4, 4, 20, 30], {}) for i in (1, 2, 3, 4)])
+    write_coco(tmp_path / "coco", "val", [1], [(1, 1, [4, 4, 20, 30], {})])
+    order = torch.randperm(4, generator=torch.Generator().manual_seed(3)).tolist()
+    image = tmp_path / "coco" / "train2017" / f"{order[2] + 1:012}.jpg"
+    content = image.read_bytes()
+    image.write_text("<html>404 Not Found</html>")
+    flags = f"--coco_path {tmp_path}/coco --batch_size 2 --epochs 1 --seed 3 --output_dir {tmp_path}/out"
+    return flags, image, content
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_image_that_cannot_be_read_is_named_after_a_save(unreadable, tmp_path, workers):
+    flags, image, content = unreadable
+    with pytest.raises(ValueError, match=image.name):
+        run(f"{flags} --num_workers {workers}")
+    state = torch.load(tmp_path / "out" / "checkpoint.pth", weights_only=True)
+    assert (state["epoch"], state["seen"]) == (-1, 2)
+    image.write_bytes(content)
+    run(f"{flags} --resume auto")
+    assert len(log_of(tmp_path / "out")) == 1
+
+
+def test_an_image_that_cannot_be_read_is_skipped_where_the_flag_says_so(unreadable, tmp_path, caplog):
+    flags, image, _ = unreadable
+    run(f"{flags} --on_bad_image skip")
+    assert len(log_of(tmp_path / "out")) == 1 and re.search(f"skipping an image: .*{image.name}", caplog.text)
+
+
+def test_weights_that_are_not_finite_are_neither_saved_nor_evaluated(finished, tmp_path):
+    root, flags = finished
+    state = torch.load(root / "whole" / "checkpoint.pth", weights_only=True)
+    state["model"]["query_embed.weight"][0] = float("nan")
+    torch.save(state, tmp_path / "nan.pth")
+    with pytest.raises(ValueError, match="nan.pth: 1 entries hold NaN or infinite values, query_embed.weight"):
+        run(f"{flags} --eval --resume {tmp_path}/nan.pth")
+    args = parse(f"{flags} --num_classes 4 --output_dir {tmp_path}")
+    model = main.build_parts(args, torch.device("cpu"))[0]
+    with torch.no_grad():
+        model.query_embed.weight[0] = float("inf")
+    with pytest.raises(FloatingPointError, match="query_embed.weight"):
+        main.build_run(args, model, argparse.Namespace(class_names={})).save("checkpoint.pth")
+    assert not (tmp_path / "checkpoint.pth").exists()
+
+
+def test_curves_that_cannot_be_drawn_only_warn(finished, tmp_path, caplog):
+    _, flags = finished
+    (tmp_path / "curves.png").mkdir()
+    run(f"{flags} --epochs 1 --output_dir {tmp_path}")
+    assert len(log_of(tmp_path)) == 1 and "curves.png could not be drawn" in caplog.text
+
+
+def test_signals_that_are_ignored_stay_ignored():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    with Interruption() as interruption:
+        signal.raise_signal(signal.SIGHUP)
+        assert interruption.received == 0
+        signal.raise_signal(signal.SIGUSR1)
+        assert interruption.received == signal.SIGUSR1
+    signal.signal(signal.SIGHUP, before)

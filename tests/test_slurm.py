@@ -51,9 +51,9 @@ def rows_of(folder):
 
 
 def test_a_preempted_job_comes_back_and_ends_with_the_same_weights(job_flags, tmp_path):
-    calm, preempted = tmp_path / "calm", tmp_path / "preempted"
-    job = submit(f"{job_flags} --job_dir {calm}")
-    wait_for(lambda: state_of(job) == "COMPLETED", job, calm)
+    whole, preempted = tmp_path / "whole", tmp_path / "preempted"
+    job = submit(f"{job_flags} --job_dir {whole}")
+    wait_for(lambda: state_of(job) == "COMPLETED", job, whole)
 
     job = submit(f"{job_flags} --job_dir {preempted}")
     wait_for((preempted / "checkpoint.pth").exists, job, preempted)  # written after each of 16 steps
@@ -64,8 +64,8 @@ def test_a_preempted_job_comes_back_and_ends_with_the_same_weights(job_flags, tm
     command("scontrol", "requeue", job)  # Slurm takes the node away itself, with SIGTERM first
     wait_for(lambda: restarts_of(job) == 2 and state_of(job) == "COMPLETED", job, preempted)
 
-    assert_same_weights(calm, preempted)
-    assert rows_of(calm) == rows_of(preempted)
+    assert_same_weights(whole, preempted)
+    assert rows_of(whole) == rows_of(preempted)
 
 
 def test_tasks_of_a_plain_srun_find_each_other(job_flags, tmp_path):

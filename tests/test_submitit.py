@@ -38,7 +38,7 @@ def test_the_reference_command_line_is_understood():
     assert args.job_dir == "./jobs/%j"
 
 
-def test_what_is_asked_of_slurm(monkeypatch, tmp_path, capsys):
+def test_main_passes_the_flags_to_slurm(monkeypatch, tmp_path, capsys):
     asked = {}
 
     class Job:
@@ -70,17 +70,24 @@ def test_what_is_asked_of_slurm(monkeypatch, tmp_path, capsys):
 
 
 def test_an_interrupted_job_comes_back_and_ends_with_the_same_weights(job_flags, tmp_path):
-    calm = job_of(f"{job_flags} --job_dir {tmp_path}/calm")
-    calm.wait_for_it()
+    whole = job_of(f"{job_flags} --job_dir {tmp_path}/whole")
+    whole.wait_for_it()
     job = job_of(f"{job_flags} --job_dir {tmp_path}/interrupted")
     deadline = time.monotonic() + 120
     while not (tmp_path / "interrupted" / "checkpoint.pth").exists():  # written after every step
         assert time.monotonic() < deadline and not job.done(), job.stderr()
         time.sleep(0.05)
     tasks = subprocess.run(["pgrep", "-P", str(job._process.pid)], capture_output=True, text=True).stdout.split()
-    os.kill(int(tasks[1]), signal.SIGUSR2)  # one of two is told, and both stop after the same step
+    os.kill(int(tasks[1]), signal.SIGUSR2)  # one of two gets the signal, and both stop after the same step
     job.wait_for_it()
     assert "stopped by a signal after" in job.stdout() and "weights from" in job.stdout()
-    assert_same_weights(tmp_path / "calm", tmp_path / "interrupted")
-    rows = [(tmp_path / name / "log.txt").read_text() for name in ("calm", "interrupted")]
+    assert_same_weights(tmp_path / "whole", tmp_path / "interrupted")
+    rows = [(tmp_path / name / "log.txt").read_text() for name in ("whole", "interrupted")]
     assert [json.loads(line) for line in rows[0].splitlines()] == [json.loads(line) for line in rows[1].splitlines()]
+
+
+def test_shared_folder_and_init_file_are_in_the_working_directory(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert run_with_submitit.get_shared_folder() == tmp_path / "jobs"
+    first, second = run_with_submitit.get_init_file(), run_with_submitit.get_init_file()
+    assert first.parent == tmp_path / "jobs" and first != second and not first.exists()

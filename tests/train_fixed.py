@@ -5,7 +5,7 @@ python -m torch.distributed.run --standalone --nproc_per_node 2 -m tests.train_f
 
 import json
 import sys
-import threading
+import time
 from pathlib import Path
 
 import torch
@@ -18,6 +18,19 @@ from tests.helpers import parse
 from util.dist import all_gather, get_rank, get_world_size, process_group
 from util.logger import merge_sums
 from util.nested_tensor import collate_fn
+
+
+class Recorder:
+    """Stands in for `util.run.Run`: record each step's losses, averaged over processes."""
+
+    batches_done, sums = 0, {}
+
+    def __init__(self):
+        self.losses = []
+
+    def after_step(self, batches, metrics):
+        sums = merge_sums(all_gather(metrics.sums()))
+        self.losses.append({name: total / count for name, (total, count) in sums.items()})
 
 
 class Pictures(torch.utils.data.Dataset):
@@ -49,25 +62,22 @@ def main(out: str, batch_size: int, how: str) -> None:
         if how == "fail":
             if get_rank() == 1:
                 raise ZeroDivisionError("the second process is broken")
-            threading.Event().wait(100)  # busy with something that cannot notice
+            for _ in range(100):  # working on its own, with a collective call now and then
+                time.sleep(1)
+                all_gather(0)
         torch.manual_seed(1 + get_rank())  # the wrapper must give every process the first one's weights
         model, criterion, _ = build_model(args)
         pictures = Pictures(how == "unequal")
         run = build_run(args, model, pictures)
         batches = TrainBatches(12, batch_size, 0, get_rank(), get_world_size())
         loader = torch.utils.data.DataLoader(pictures, batch_sampler=batches, collate_fn=collate_fn)
-        losses = []
-
-        def after_step(_, metrics):
-            sums = merge_sums(all_gather(metrics.sums()))
-            losses.append({name: total / count for name, (total, count) in sums.items()})
-
+        recorder = Recorder()
         model = distribute(model, processes, torch.device("cpu"))
         train_one_epoch(
-            model, criterion, loader, run.optimizer, torch.device("cpu"), 0, 0.1, accum_steps=2, after_step=after_step
+            model, criterion, loader, run.optimizer, torch.device("cpu"), 0, 0.1, accum_steps=2, state=recorder
         )
         if get_rank() == 0:
-            Path(out).write_text(json.dumps(losses))
+            Path(out).write_text(json.dumps(recorder.losses))
 
 
 if __name__ == "__main__":

@@ -3,12 +3,15 @@
 import sys
 from collections.abc import Callable
 
+from util.logger import configure_logging
+
 
 def exit_status(main: Callable[[], int | None]) -> int:
     """Run a tool and return its exit status: 0 where it returns None, 2 after an error that a user can correct."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")  # a terminal may lack letters of a file name
+    configure_logging()
     try:
         return main() or 0
     except (ValueError, OSError) as error:

@@ -1,9 +1,7 @@
-"""Processes: who this one is among them, and the collective calls a run needs."""
+"""Distributed processes: rank and world size, the process group, and the collective calls that a run needs."""
 
 import os
 import subprocess
-import threading
-import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,17 +10,16 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from util.logger import logger, set_verbose
 
-POLL = 1.0  # seconds between two looks at how the other processes fare
-_store: dist.Store | None = None  # where the processes of the run met
+TIMEOUT = timedelta(minutes=30)  # for one collective call: the main process may evaluate while the others wait
 
 
 @dataclass(frozen=True)
 class ProcessInfo:
-    """This process's place in the run: `local_rank` counts within its machine."""
+    """Rank of this process, number of processes, and rank within its machine."""
 
     rank: int = 0
     world_size: int = 1
@@ -30,7 +27,7 @@ class ProcessInfo:
 
     @property
     def distributed(self) -> bool:
-        """Whether there is anybody to talk to."""
+        """Whether the run has several processes."""
         return self.world_size > 1
 
 
@@ -47,8 +44,8 @@ def process_info_from_environment() -> ProcessInfo:
     return ProcessInfo()
 
 
-def _meet_on_the_first_node() -> None:
-    """Say where the tasks of a plain `srun` meet; torchrun and submitit say it themselves."""
+def _set_master_from_slurm() -> None:
+    """Set MASTER_ADDR and MASTER_PORT for a plain `srun`; torchrun and submitit set them themselves."""
     nodes = os.environ["SLURM_JOB_NODELIST"]
     names = subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True).stdout
     job, step = int(os.environ["SLURM_JOB_ID"]), int(os.environ.get("SLURM_STEP_ID", 0))
@@ -56,23 +53,10 @@ def _meet_on_the_first_node() -> None:
     os.environ.setdefault("MASTER_PORT", str(20000 + (job * 7 + step) % 40000))
 
 
-def _gloo() -> str:
-    """Name the CPU's backend: gloo, or where TORCH_DISTRIBUTED_DEBUG is DETAIL the same under another name.
-
-    DETAIL puts a wrapper around a backend, and PyTorch's DistributedDataParallel (seen in 2.11 to 2.15) takes whatever
-    is called gloo for the bare one, and crashes.
-    """
-    if dist.get_debug_level() != dist.DebugLevel.DETAIL:
-        return "gloo"
-    if "watched_gloo" not in dist.Backend.backend_list:
-        dist.Backend.register_backend("watched_gloo", dist.ProcessGroupGloo, devices=["cpu"])
-    return "watched_gloo"
-
-
 def init_distributed_mode(device: str = "cuda", dist_url: str = "env://") -> ProcessInfo:
-    """Join the process group the launcher describes, if it describes one, and return this process's place.
+    """Join the process group that the launcher describes, if any, and return this process's rank in it.
 
-    Only the main process logs afterwards. Objects are gathered over gloo, on the CPU; gradients over NCCL on GPUs.
+    Afterwards only the main process logs. Objects are gathered over gloo, on the CPU; gradients over NCCL on GPUs.
     """
     info = process_info_from_environment()
     if info.distributed:
@@ -80,15 +64,13 @@ def init_distributed_mode(device: str = "cuda", dist_url: str = "env://") -> Pro
         if on_gpu:
             torch.cuda.set_device(info.local_rank)
         if "MASTER_ADDR" not in os.environ and "SLURM_JOB_ID" in os.environ:
-            _meet_on_the_first_node()
-        global _store
-        _store, _, _ = next(dist.rendezvous(dist_url, rank=info.rank, world_size=info.world_size))
+            _set_master_from_slurm()
         dist.init_process_group(
-            backend="cpu:gloo,cuda:nccl" if on_gpu else _gloo(),
-            store=_store,
+            backend="cpu:gloo,cuda:nccl" if on_gpu else "gloo",
+            init_method=dist_url,
             world_size=info.world_size,
             rank=info.rank,
-            timeout=timedelta(minutes=30),
+            timeout=TIMEOUT,
         )
         set_verbose(info.rank == 0)
         logger.info(f"distributed: {info.world_size} processes, this is rank {info.rank} ({dist.get_backend()})")
@@ -97,46 +79,22 @@ def init_distributed_mode(device: str = "cuda", dist_url: str = "env://") -> Pro
 
 @contextmanager
 def process_group(device: str = "cuda", dist_url: str = "env://") -> Iterator[ProcessInfo]:
-    """Join the process group, and leave it together: an error in one process ends the others within seconds.
+    """Join the process group, and leave it together with the other processes.
 
-    They would wait for it in their next collective call otherwise, until that times out.
+    A process that fails does not wait for the others: its connections close, which raises an error in their next
+    collective call (gloo), and the launcher ends them (torchrun, or `srun --kill-on-bad-exit=1`).
     """
     info = init_distributed_mode(device, dist_url)
-    if not info.distributed:
-        yield info
-        return
-    # Of this attempt only: a launcher that starts the processes again may keep the store.
-    failed = from_main(lambda: f"detr/failed/{uuid.uuid4()}")
-    over = threading.Event()
-    watch = threading.Thread(target=_watch_the_others, args=(failed, over), daemon=True)
-    watch.start()
-    leaving = None
+    stop = None
     try:
         yield info
-    except SystemExit as agreed:  # all processes stop after the same step
-        leaving = agreed
-    except BaseException as error:
-        over.set()
-        _store.set(failed, f"rank {info.rank}: {type(error).__name__}: {error}")
-        raise
-    dist.barrier()  # still watched: another process may yet fail on its last steps
-    over.set()
-    watch.join()
-    dist.destroy_process_group()
-    if leaving:
-        raise leaving
-
-
-def _watch_the_others(failed: str, over: threading.Event) -> None:
-    """End this process when another one has left its error under the key, or the one that keeps the store is gone."""
-    while not over.wait(POLL):
-        try:
-            news = _store.get(failed).decode() if _store.check([failed]) else ""
-        except RuntimeError:
-            news = "the main process is gone"
-        if news and not over.is_set():
-            os.write(2, f"leaving, because of {news}\n".encode())
-            os._exit(1)
+    except SystemExit as request:  # all processes stop after the same step
+        stop = request
+    if info.distributed:
+        dist.barrier()
+        dist.destroy_process_group()
+    if stop:
+        raise stop
 
 
 def is_dist_avail_and_initialized() -> bool:
@@ -175,12 +133,19 @@ def all_gather(data: Any) -> list:
 
 
 def from_main(ask: Callable[[], Any]) -> Any:
-    """Ask the main process alone, and return its answer, a picklable object, on every process."""
+    """Call a function on the main process only, and return its result, a picklable object, on every process."""
     if get_world_size() == 1:
         return ask()
-    answer = [ask() if is_main_process() else None]
-    dist.broadcast_object_list(answer)
-    return answer[0]
+    result = [ask() if is_main_process() else None]
+    dist.broadcast_object_list(result)
+    return result[0]
+
+
+def broadcast_buffers(model: nn.Module) -> None:
+    """Copy the main process's buffers, such as batch norm statistics, to every process."""
+    if get_world_size() > 1:
+        for buffer in model.buffers():
+            dist.broadcast(buffer, 0)
 
 
 def gather_to_main(data: Any) -> list | None:
@@ -220,8 +185,18 @@ def save_on_master(*args: Any, **kwargs: Any) -> None:
         torch.save(*args, **kwargs)
 
 
+def distribute(model: nn.Module, processes: ProcessInfo, device: torch.device) -> nn.Module:
+    """Wrap the model for several processes; a single process gets it back unchanged."""
+    if not processes.distributed:
+        return model
+    if any(isinstance(module, nn.BatchNorm2d) for module in model.modules()):
+        logger.info("batch norm is not synchronised: the main process's statistics are evaluated and saved")
+    device_ids = [device.index] if device.type == "cuda" else None
+    return nn.parallel.DistributedDataParallel(model, device_ids=device_ids, gradient_as_bucket_view=True)
+
+
 def pick_device(name: str, local_rank: int = 0) -> torch.device:
-    """Turn the flag into a device: this process's own GPU, or the CPU (said in one line) where there is none."""
+    """Return the device of the flag: this process's own GPU, or the CPU (with a log line) on a machine without one."""
     device = torch.device(name)
     if device.type == "cuda" and not torch.cuda.is_available():
         logger.info(f"no GPU here: --device {name} becomes cpu")

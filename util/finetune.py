@@ -1,19 +1,23 @@
-"""Start a model from another one's weights: all that fits is kept, and what was done with the rest is told."""
+"""Initialise a model from another model's weights, as far as they fit."""
 
 import torch
 from torch import Tensor, nn
+
+from util.checkpoint import not_finite
 
 SHOWN = 4  # names listed of entries that do not fit
 
 
 @torch.no_grad()
 def finetune(model: nn.Module, given: dict[str, Tensor], name: str) -> list[str]:
-    """Copy into `model` the entries of a state dict that fit; return, a sentence each, what was kept and what was not.
+    """Copy the entries of a state dict that fit into `model`; return log lines about what was and was not copied.
 
     A class head of another number of classes stays as initialised. Of more queries the first are taken; fewer fill the
-    first, the others stay as initialised. A mask model takes the weights of a box model, and the reverse. `name` is
-    where the weights are from. Raises ValueError if the backbone is another one: nothing else is worth keeping then.
+    first, the others stay as initialised. A mask model takes the weights of a box model, and the reverse. `name` says
+    where the weights are from. Raises ValueError if the backbone differs, or if weights are not finite.
     """
+    if broken := not_finite(given):
+        raise ValueError(f"{name}: {len(broken)} entries hold NaN or infinite values, {broken[0]} among them")
     own = model.state_dict()
     given = _renamed(given, own)
     wrong = [key for key in own if _is_backbone(key) and (key not in given or given[key].shape != own[key].shape)]
@@ -22,7 +26,7 @@ def finetune(model: nn.Module, given: dict[str, Tensor], name: str) -> list[str]
             f"{name} was trained with another backbone ({len(wrong)} entries do not fit, {_some(wrong)}): "
             "give the --backbone it was trained with"
         )
-    kept, said, others = [], [], []
+    kept, lines, others = [], [], []
     for key, mine in own.items():
         theirs = given.get(key)
         if theirs is None:
@@ -31,15 +35,17 @@ def finetune(model: nn.Module, given: dict[str, Tensor], name: str) -> list[str]
             mine.copy_(theirs)
             kept.append(key)
         elif key.endswith("query_embed.weight") and theirs.shape[1:] == mine.shape[1:]:
-            said.append(_copy_queries(mine, theirs))
+            lines.append(_copy_queries(mine, theirs))
         elif key.endswith("class_embed.weight"):
-            said.append(f"class head begun anew: {len(theirs) - 1} classes there, {len(mine) - 1} here")
+            lines.append(f"class head re-initialised: {len(theirs) - 1} classes there, {len(mine) - 1} here")
         elif not key.endswith("class_embed.bias"):
             others.append(key)
     unused = [key for key in given if key not in own and "num_batches_tracked" not in key]
-    said += [f"begun anew, absent there or of another size: {len(others)} entries, {_some(others)}"] * bool(others)
-    said += [f"not used, no place for them here: {len(unused)} entries, {_some(unused)}"] * bool(unused)
-    return [f"fine-tuning from {name}: {len(kept)} of {len(own)} entries kept as they are", *said]
+    if others:
+        lines.append(f"re-initialised (absent there, or of another size): {len(others)} entries, {_some(others)}")
+    if unused:
+        lines.append(f"not used (absent here): {len(unused)} entries, {_some(unused)}")
+    return [f"fine-tuning from {name}: {len(kept)} of {len(own)} entries copied", *lines]
 
 
 def _copy_queries(mine: Tensor, theirs: Tensor) -> str:
@@ -47,11 +53,11 @@ def _copy_queries(mine: Tensor, theirs: Tensor) -> str:
     mine[:count] = theirs[:count]
     if count == len(mine):
         return f"queries: the first {count} of {len(theirs)}"
-    return f"queries: {count} from there, {len(mine) - count} begun anew"
+    return f"queries: {count} from there, {len(mine) - count} re-initialised"
 
 
 def _renamed(given: dict[str, Tensor], own: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Bridge the one difference in names between box and mask models: in the latter, `detr.` precedes the former's."""
+    """Add or remove the prefix `detr.`, which the names of a mask model have and those of a box model do not."""
     ours, theirs = (any(key.startswith("detr.") for key in entries) for entries in (own, given))
     if ours and not theirs:
         return {f"detr.{key}": value for key, value in given.items()}
@@ -61,7 +67,7 @@ def _renamed(given: dict[str, Tensor], own: dict[str, Tensor]) -> dict[str, Tens
 
 
 def _is_backbone(key: str) -> bool:
-    # A live batch norm counts its batches, a frozen one does not: no difference between networks.
+    # Only a trained batch norm counts its batches; the networks are the same.
     return key.removeprefix("detr.").startswith("backbone.0.body.") and not key.endswith("num_batches_tracked")
 
 

@@ -1,4 +1,4 @@
-"""Being asked to stop: a run finishes its step, saves, and leaves."""
+"""Signals that ask a run to stop: it finishes its step, saves, and exits."""
 
 import atexit
 import multiprocessing
@@ -13,12 +13,16 @@ import torch.distributed as dist
 
 from util.dist import get_world_size, is_main_process
 
-# Ctrl-C; what schedulers, torchrun and `kill` send; and the two that Slurm jobs ask to be warned with.
-SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2") if hasattr(signal, name)]
+# Ctrl-C; what schedulers, torchrun and `kill` send; a closed terminal; and the two that Slurm jobs are warned with.
+NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2")
+SIGNALS = [getattr(signal, name) for name in NAMES if hasattr(signal, name)]
 
 
 class Interruption:
-    """While entered, the first signal of SIGNALS is only noted; a second Ctrl-C interrupts at once, as ever."""
+    """While entered, record the first signal of SIGNALS instead of dying; a second Ctrl-C interrupts at once.
+
+    Signals that the process ignores (SIGHUP under nohup) stay ignored.
+    """
 
     def __init__(self):
         self.received = 0
@@ -27,7 +31,8 @@ class Interruption:
 
     def __enter__(self) -> "Interruption":
         if threading.current_thread() is threading.main_thread():  # Python allows it nowhere else
-            self.previous = {number: signal.signal(number, self._note) for number in SIGNALS}
+            heeded = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
+            self.previous = {number: signal.signal(number, self._record) for number in heeded}
         return self
 
     def __exit__(self, *_) -> None:
@@ -35,15 +40,18 @@ class Interruption:
             signal.signal(number, handler)
         self.previous = {}
 
-    def _note(self, number: int, _: FrameType | None) -> None:
+    def _record(self, number: int, _: FrameType | None) -> None:
         if os.getpid() != self.process:  # a child of this process, before it has its own handlers
             return
         if self.received and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.received = number
         if is_main_process():
-            text = f"{signal.Signals(number).name}: finishing this step, then saving and leaving\n"
-            os.write(2, text.encode())  # a handler must not print: it may have come in the middle of a print
+            text = f"{signal.Signals(number).name}: finishing this step, then saving and exiting\n"
+            try:
+                os.write(2, text.encode())  # not print: the signal may have arrived in the middle of one
+            except OSError:  # the terminal is gone
+                pass
 
     def requested(self) -> int:
         """Return the signal that any process of the run has received, or 0. Every process must call it."""
@@ -54,9 +62,9 @@ class Interruption:
         return int(received)
 
     def leave(self, number: int) -> None:
-        """Do what the signal did before: a handler of someone else's is called (submitit's requeues the job).
+        """Call the previously installed handler of the signal, if any (submitit's requeues the job).
 
-        Otherwise, and if that handler returns, raise SystemExit with the status that such a death has in a shell.
+        Otherwise, and if that handler returns, raise SystemExit with the status that a shell gives for the signal.
         """
         handler = self.previous.get(number)
         self.__exit__()
@@ -65,18 +73,18 @@ class Interruption:
         raise SystemExit(128 + number)
 
 
-_over = multiprocessing.Value("b", 0, lock=False)  # whether the main process is at its end; its children see it
-atexit.register(setattr, _over, "value", 1)
+_exiting = multiprocessing.Value("b", 0, lock=False)  # shared with child processes: 1 once the main process exits
+atexit.register(setattr, _exiting, "value", 1)
 
 
-def _leave_signals_to_the_main_process(over, _: int) -> None:
-    def obey(*_) -> None:
-        if over.value:  # the main process is clearing up
+def _ignore_signals_until_exit(exiting, _: int) -> None:
+    def handler(*_) -> None:
+        if exiting.value:
             os._exit(0)
 
     for number in SIGNALS:
-        signal.signal(number, obey)
+        signal.signal(number, handler)
 
 
-# For a data loader's workers: schedulers send signals to all processes, and what they mean is the main one's to say.
-worker_init = partial(_leave_signals_to_the_main_process, _over)
+# `worker_init_fn` of data loaders: schedulers signal all processes, and the main process decides what to do.
+worker_init = partial(_ignore_signals_until_exit, _exiting)

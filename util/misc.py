@@ -1,7 +1,4 @@
-"""The old address of the utilities, for code written against DETR; nothing inside the project imports it."""
-
-import subprocess
-from pathlib import Path
+"""The reference's address of the utilities, for code written against DETR; nothing inside the project imports it."""
 
 import torch
 from torch import Tensor
@@ -17,8 +14,9 @@ from util.dist import (
     reduce_dict,
     save_on_master,
 )
-from util.logger import MetricLogger, SmoothedValue
+from util.logger import MetricLogger, SmoothedValue, configure_logging, set_verbose
 from util.nested_tensor import NestedTensor, collate_fn, nested_tensor_from_tensor_list
+from util.project import get_sha
 
 __all__ = [
     "MetricLogger",
@@ -37,39 +35,37 @@ __all__ = [
     "nested_tensor_from_tensor_list",
     "reduce_dict",
     "save_on_master",
+    "setup_for_distributed",
 ]
 
 
 def init_distributed_mode(args) -> None:
-    """Join the process group and note the outcome on `args` (`distributed`, `rank`, `gpu`), as old scripts expect."""
+    """Join the process group and set `distributed`, `rank`, `world_size` and `gpu` on `args`."""
+    configure_logging()
     info = dist.init_distributed_mode(getattr(args, "device", "cuda"), getattr(args, "dist_url", "env://"))
-    args.distributed, args.rank, args.world_size, args.gpu = (
-        info.distributed,
-        info.rank,
-        info.world_size,
-        info.local_rank,
-    )
+    args.distributed, args.rank, args.world_size = info.distributed, info.rank, info.world_size
+    args.gpu = info.local_rank
+
+
+def setup_for_distributed(is_master: bool) -> None:
+    """Let only the main process log; `print` is not changed."""
+    configure_logging()
+    set_verbose(is_master)
+
+
+def _max_by_axis(the_list: list[list[int]]) -> list[int]:
+    return [max(sizes) for sizes in zip(*the_list, strict=True)]
+
+
+def _onnx_nested_tensor_from_tensor_list(tensor_list: list[Tensor]) -> NestedTensor:
+    return nested_tensor_from_tensor_list(tensor_list)
 
 
 @torch.no_grad()
 def accuracy(output: Tensor, target: Tensor, topk: tuple[int, ...] = (1,)) -> list[Tensor]:
-    """Percentage of rows of `output` [N, K] whose k best classes hold the one of `target` [N]; 0 when N is 0."""
+    """Return, for each k, the percentage of rows of `output` [N, K] with `target` [N] among the k best; 0 if N is 0."""
     if not len(target):
         return [torch.zeros([], device=output.device) for _ in topk]
     best = output.topk(max(topk), dim=1).indices
     hits = best == target[:, None]
     return [100 * hits[:, :k].any(dim=1).float().mean() for k in topk]
-
-
-def get_sha() -> str:
-    """Say which commit of the project is running, and whether it was changed."""
-
-    def git(*words: str) -> str:
-        return subprocess.check_output(["git", *words], cwd=Path(__file__).parent, text=True, stderr=subprocess.DEVNULL)
-
-    try:
-        sha, branch = git("rev-parse", "HEAD").strip(), git("rev-parse", "--abbrev-ref", "HEAD").strip()
-        status = "has uncommitted changes" if git("diff", "HEAD", "--name-only").strip() else "clean"
-    except (OSError, subprocess.CalledProcessError):
-        return "sha: unknown, status: not a git checkout"
-    return f"sha: {sha}, status: {status}, branch: {branch}"

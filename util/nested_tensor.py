@@ -9,7 +9,7 @@ from torch import Tensor
 class NestedTensor:
     """Images [B, C, H, W] padded at the right and bottom, and their mask [B, H, W] (True = padding).
 
-    The same pair carries feature maps through the backbone. Plain enough for TorchScript, which compiles it.
+    Feature maps travel through the backbone in the same form. TorchScript compiles this class.
     """
 
     def __init__(self, tensors: Tensor, mask: Tensor | None):
@@ -64,7 +64,7 @@ def nested_tensor_from_tensor_list(tensor_list: list[Tensor]) -> NestedTensor:
             )
         height, width = max(height, image.shape[1]), max(width, image.shape[2])
     size, device = [len(tensor_list), first.shape[0], height, width], first.device
-    # Channels innermost, as decoded images have them and convolutions want them: the one copy is of whole rows.
+    # Channels last, as in decoded images and as convolutions want them: whole rows are copied.
     padded = torch.empty(size, dtype=first.dtype, device=device, memory_format=torch.channels_last).zero_()
     mask = torch.ones([size[0], height, width], dtype=torch.bool, device=device)
     for i, image in enumerate(tensor_list):

@@ -1,6 +1,7 @@
-"""Curves from what a run leaves behind: `log.txt` and `eval/*.pth`."""
+"""Curves from a run's `log.txt` and `eval/*.pth`."""
 
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,16 +14,18 @@ COCO_NUMBERS = "test_coco_eval_bbox"
 
 
 def read_log(folder: str | Path, log_name: str = "log.txt") -> list[dict]:
-    """Read a run's log, one dict for each epoch. A line cut short (a killed run) is left out."""
+    """Read a run's log, one dict for each epoch. Other lines (notes, or cut short by a kill) are left out."""
     path = Path(folder) / log_name
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such log")
     rows = []
-    for line in path.read_text().splitlines():
+    for line in path.read_text(errors="replace").splitlines():
         try:
-            rows.append(json.loads(line))
+            row = json.loads(line)
         except json.JSONDecodeError:
             continue
+        if isinstance(row, dict) and isinstance(row.get("epoch"), int):
+            rows.append(row)
     return rows
 
 
@@ -34,12 +37,12 @@ def plot_logs(
 ):
     """Draw fields of one run or several over epochs: training solid, evaluation dashed; return (figure, axes).
 
-    `logs` are the runs' output folders. `ewm_col` smooths: each value is averaged with those before it, exponentially,
-    with that centre of mass. The field "mAP" is COCO's AP, "AP50" its AP at IoU 0.5.
+    `logs` are the runs' output folders. `ewm_col` is the centre of mass of an exponential moving average. The field
+    "mAP" is COCO's AP, "AP50" its AP at IoU 0.5.
     """
     folders = [Path(logs)] if isinstance(logs, (str, Path)) else [Path(folder) for folder in logs]
     columns = min(len(fields), 4)
-    rows = -(-len(fields) // columns)
+    rows = math.ceil(len(fields) / columns)
     figure, grid = plt.subplots(rows, columns, figsize=(5 * columns, 4 * rows), squeeze=False)
     axes, spare = grid.flat[: len(fields)], grid.flat[len(fields) :]
     for folder, colour in zip(folders, plt.cm.tab10.colors * len(folders), strict=False):
@@ -62,15 +65,19 @@ def plot_logs(
 
 
 def _series(rows: list[dict], field: str, prefix: str) -> tuple[list[int], list[float]]:
-    """Epochs and values of a field, for "train" or "test"; AP belongs to "test"."""
+    """Return epochs and values of a field, for "train" or "test"; AP belongs to "test". Rows without it are skipped."""
     coco = {"mAP": 0, "AP50": 1}
-    if field in coco:
-        found = [
-            (row["epoch"], row[COCO_NUMBERS][coco[field]]) for row in rows if COCO_NUMBERS in row and prefix == "test"
-        ]
-    else:
-        found = [(row["epoch"], row[f"{prefix}_{field}"]) for row in rows if f"{prefix}_{field}" in row]
-    return [epoch for epoch, _ in found], [value for _, value in found]
+    epochs, values = [], []
+    for row in rows:
+        if field in coco:
+            numbers = row.get(COCO_NUMBERS) if prefix == "test" else None
+            value = numbers[coco[field]] if isinstance(numbers, list) and len(numbers) > 1 else None
+        else:
+            value = row.get(f"{prefix}_{field}")
+        if isinstance(value, (int, float)):
+            epochs.append(row["epoch"])
+            values.append(value)
+    return epochs, values
 
 
 def _smooth(values: list[float], centre_of_mass: float) -> np.ndarray:
@@ -92,8 +99,8 @@ def draw_curves(output_dir: str | Path) -> None:
 def plot_precision_recall(files: Sequence[str | Path], naming_scheme: str = "iter") -> tuple[Figure, np.ndarray]:
     """Draw precision and score over recall at IoU 0.5, from files of `eval/`; return (figure, axes).
 
-    Curves are averaged over classes, for all areas and 100 detections. They are named after the file ("iter") or after
-    the run's folder ("exp_id").
+    Curves are averaged over classes, for all areas and 100 detections, and labelled with the name of the file ("iter")
+    or of the run's folder ("exp_id").
     """
     if naming_scheme not in ("iter", "exp_id"):
         raise ValueError(f"no naming scheme {naming_scheme!r}: choose iter or exp_id")

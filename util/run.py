@@ -1,143 +1,252 @@
-"""What a run takes with it from one process to the next."""
+"""The state of a training run: what its checkpoints hold, when they are written, and when the run stops."""
 
-import argparse
 import platform
-import random
-from collections.abc import Collection
+import warnings
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import nn
+from torch.utils.data import DataLoader
 
-from util.checkpoint import save_checkpoint
-from util.dist import all_gather, get_rank, get_world_size, is_main_process
-from util.logger import logger, merge_sums
+from util.checkpoint import BEST, not_finite, position, save_checkpoint
+from util.dist import all_gather, from_main, get_rank, get_world_size, is_main_process
+from util.interruption import Interruption
+from util.logger import MetricLogger, logger, merge_sums
+from util.output_dir import append_row, truncate_log
+from util.plot_utils import draw_curves
+from util.random_state import random_state, restore_random_state
 
 
 @dataclass
 class Run:
-    """Everything a checkpoint restores."""
+    """Everything a checkpoint restores. The position in training is (`epoch`, `seen`), and nothing else.
+
+    Without an `output_dir`, nothing is written.
+    """
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
     lr_scheduler: torch.optim.lr_scheduler.LRScheduler
     scaler: torch.amp.GradScaler
-    flags: argparse.Namespace
+    flags: dict  # of the command line, stored in checkpoints
     class_names: dict[int, str]
-    epoch: int  # the one under way
+    output_dir: Path | None = None
+    accum_steps: int = 1  # batches of a step
+    save_every_steps: int = 0  # 0: only after each epoch
+    check_signals_every: int = 10  # steps; a single process checks after each
+    lr_drop: int = 200
+    epoch: int = 0  # the one under way, from 0
     seen: int = 0  # images of it that all processes together have trained on
-    sums: dict = field(default_factory=dict)  # and what their numbers summed up to, on this process
-    best: float = -1.0  # AP (or PQ) of the best epoch so far
+    best: float = -1.0  # AP (or PQ) of the best epoch
+    sums: dict = field(default_factory=dict)  # of the epoch's metrics up to `seen`, on this process
+    random: dict = field(default_factory=random_state)  # the generators at `seen`, on this process
+    interruption: Interruption = field(default_factory=Interruption)
 
-    def state(self) -> dict:
-        """Tensors and plain Python, for every process to call (there is something of each in it)."""
-        everyones = all_gather({"rng": _rng_state(), "sums": self.sums})
-        return {
-            "model": self.model.state_dict(),
+    @contextmanager
+    def training(self, loader: DataLoader) -> Iterator[None]:
+        """Prepare the loader for the rest of the epoch; save what was trained if a signal or an error ends it early.
+
+        The last step of the epoch saves too: an error in the evaluation costs no training.
+        """
+        batches = loader.batch_sampler
+        loader.dataset.set_epoch(self.epoch)
+        batches.set_epoch(self.epoch, self.seen)
+        self._images, self._images_per_batch = batches.length, batches.images_per_step
+        self._batches_left, self._first = len(batches), self.seen
+        with self.interruption:
+            try:
+                yield
+                self._leave_if_asked(saved=True)
+            except Exception:
+                self._save_after_error()  # a launcher may ask this process to stop already
+                raise
+
+    @property
+    def batches_done(self) -> int:
+        """Batches of the epoch that this process has trained on."""
+        return _ceil_div(self.seen, self._images_per_batch)  # rounded up only after a change of the batch size
+
+    def after_step(self, batches: int, metrics: MetricLogger) -> None:
+        """Advance the position by a step of so many batches; save where that is due, and exit if a signal came."""
+        self._batches_left -= batches
+        at_end = self._batches_left == 0
+        self.seen = self._images if at_end else self.seen + batches * self._images_per_batch
+        self.sums, self.random = metrics.sums(), random_state()
+        steps = self.batches_done // self.accum_steps
+        due = at_end or (self.save_every_steps > 0 and steps % self.save_every_steps == 0)
+        if due:
+            self.save("checkpoint.pth")
+        if due or get_world_size() == 1 or steps % self.check_signals_every == 0:
+            self._leave_if_asked(saved=due)
+
+    def finish_epoch(self, train_stats: dict, test_stats: dict) -> None:
+        """Advance to the next epoch; write the log row, the curves, and then the checkpoints."""
+        epoch = self.epoch
+        self._step_schedule()
+        self.epoch, self.seen, self.sums, self.random = epoch + 1, 0, {}, random_state()
+        row = {f"train_{name}": value for name, value in train_stats.items()}
+        row |= {f"test_{name}": value for name, value in test_stats.items()}
+        row |= {"epoch": epoch, "n_parameters": self.trainable_parameters()}
+        names = []
+        if self.epoch % self.lr_drop == 0 or self.epoch % 100 == 0:
+            names.append(f"checkpoint{epoch:04}.pth")
+        score = from_main(lambda: epoch_score(row))
+        if score > self.best:
+            self.best = score
+            names.append(BEST)
+        if self.output_dir and is_main_process():
+            append_row(self.output_dir / "log.txt", row)
+            self._draw_curves()
+        self.save(*names, "checkpoint.pth")  # last: with it, the epoch counts as done
+
+    def trainable_parameters(self) -> int:
+        """Count the numbers that training changes."""
+        return sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+
+    def save(self, *names: str) -> None:
+        """Write a checkpoint under each name. Every process calls it, the main one writes."""
+        if self.output_dir:
+            processes = all_gather({"rng": self.random, "sums": self.sums})
+            if is_main_process():
+                self._write(processes, names)
+
+    def restore(self, state: dict | None, name: str) -> None:
+        """Continue from a checkpoint; one without an optimizer gives only the model. None: start from the beginning.
+
+        Rates, weight decay and schedule are what the flags say: a changed flag takes effect, and is logged. Raises
+        ValueError if the checkpoint cannot be continued with these flags.
+        """
+        if state is None:
+            return
+        if "optimizer" not in state:
+            logger.info(f"{name} holds a model and no optimizer: training starts at epoch {self.epoch}")
+            return
+        if not isinstance(state.get("epoch"), int):
+            raise ValueError(f"{name} holds an optimizer but no epoch: use --finetune to start from its weights")
+        self.epoch, self.seen = position(state)
+        if self.epoch > self.flags["epochs"]:
+            raise ValueError(f"--epochs {self.flags['epochs']}, but {name} has trained {self.epoch} epochs: give more")
+        self._restore_optimizer(state["optimizer"], name)
+        for _ in range(self.epoch):
+            self._step_schedule()
+        if state.get("scaler"):
+            self.scaler.load_state_dict(state["scaler"])
+        self.best = state.get("best", -1.0)
+        changed = changed_flags(self.flags, state, self.flags.keys() - {"resume", "output_dir", "overwrite"})
+        if changed:
+            logger.info(f"flags changed since the checkpoint take effect: {', '.join(changed.values())}")
+        self._restore_processes(state.get("processes", []), name)
+        if self.output_dir and is_main_process():
+            truncate_log(self.output_dir / "log.txt", self.epoch)
+
+    def _restore_optimizer(self, saved: dict, name: str) -> None:
+        """Load the optimizer's moments; the options of its groups stay those of the flags."""
+        groups = self.optimizer.state_dict()["param_groups"]
+        try:
+            counts = [[len(group["params"]) for group in side] for side in (saved["param_groups"], groups)]
+            if counts[0] != counts[1]:
+                raise ValueError(f"groups of {counts[0]} parameters there, of {counts[1]} here")
+            self.optimizer.load_state_dict({"state": saved["state"], "param_groups": groups})
+            for parameter, moments in self.optimizer.state.items():
+                if "exp_avg" in moments and moments["exp_avg"].shape != parameter.shape:
+                    shapes = list(moments["exp_avg"].shape), list(parameter.shape)
+                    raise ValueError(f"an average of shape {shapes[0]} for a parameter of shape {shapes[1]}")
+        except ValueError as error:
+            raise ValueError(
+                f"{name}: its optimizer trained other parameters ({error}). Give the --lr_backbone (0 or not), "
+                "--backbone_norm and --frozen_weights of that run; to start again from these weights, use --finetune"
+            ) from None
+
+    def _restore_processes(self, processes: list[dict], name: str) -> None:
+        if len(processes) == get_world_size():
+            self.sums, self.random = processes[get_rank()]["sums"], processes[get_rank()]["rng"]
+            restore_random_state(self.random)
+        elif processes:
+            logger.warning(
+                f"{name} was written by {len(processes)} processes, now there are {get_world_size()}: training "
+                "continues at the same image, but with other random numbers"
+            )
+            self.sums = merge_sums([process["sums"] for process in processes]) if is_main_process() else {}
+
+    def _step_schedule(self) -> None:
+        with warnings.catch_warnings():  # PyTorch misses the optimizer's steps when they were made before a resume
+            warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")
+            self.lr_scheduler.step()
+
+    def _draw_curves(self) -> None:
+        try:
+            draw_curves(self.output_dir)
+        except Exception as error:  # a picture is no reason to end a training
+            logger.warning(f"{self.output_dir}/curves.png could not be drawn: {error}")
+
+    def _leave_if_asked(self, saved: bool = False) -> None:
+        signal = self.interruption.requested()
+        if not signal:
+            return
+        if not saved and self.seen > self._first:
+            self.save("checkpoint.pth")
+        where = f"after {self.seen} of {self._images} images of epoch {self.epoch}"
+        file = f"{self.output_dir}/checkpoint.pth"
+        what = f"saved {file}; continue with --resume auto" if self.output_dir else "no --output_dir, nothing saved"
+        logger.info(f"stopped by a signal {where}: {what}")
+        self.interruption.leave(signal)
+
+    def _save_after_error(self) -> None:
+        """Save the position after the last step. The other processes may be gone: only this one's part is written."""
+        if not self.output_dir or not is_main_process() or self.seen == self._first:
+            return
+        try:
+            self._write([{"rng": self.random, "sums": self.sums}], ["checkpoint.pth"])
+            logger.warning(
+                f"an error ends the run; {self.output_dir}/checkpoint.pth holds the {self.seen} images of epoch "
+                f"{self.epoch} before it: continue with --resume auto"
+            )
+        except Exception as error:  # must not hide the first one
+            logger.warning(f"nothing could be saved after an error: {error}")
+
+    def _write(self, processes: list[dict], names: Collection[str]) -> None:
+        weights = self.model.state_dict()
+        if broken := not_finite(weights):
+            raise FloatingPointError(
+                f"epoch {self.epoch}: {len(broken)} weights are not finite, {broken[0]} among them; no checkpoint is "
+                f"written. Resume from the last one, with a lower --lr or a smaller --clip_max_norm"
+            )
+        state = {
+            "model": weights,
             "optimizer": self.optimizer.state_dict(),
             "lr_scheduler": self.lr_scheduler.state_dict(),
             "scaler": self.scaler.state_dict(),
-            "epoch": self.epoch - 1,  # the last one that is complete
+            "epoch": self.epoch - 1,  # the last complete one
             "seen": self.seen,
-            "args": vars(self.flags),
+            "args": self.flags,
             "class_names": self.class_names,
             "best": self.best,
-            "processes": everyones,
+            "processes": processes,
             "versions": {"python": platform.python_version(), "torch": str(torch.__version__)},
         }
-
-    def restore(self, state: dict, name: str) -> None:
-        """Go on from a checkpoint; one that holds only a model gives only that.
-
-        Flags that differ from the checkpoint's hold from here on, and are told. Raises ValueError where they cannot.
-        """
-        if "optimizer" not in state:
-            logger.info(f"{name} holds a model and no optimizer: training begins at epoch {self.epoch}")
-            return
-        if state["epoch"] >= self.flags.epochs:
-            raise ValueError(
-                f"--epochs {self.flags.epochs}, but {name} has {state['epoch'] + 1} epochs behind it: ask for more"
-            )
-        try:
-            self.optimizer.load_state_dict(state["optimizer"])
-            _check_moments(self.optimizer)
-        except ValueError as error:
-            raise ValueError(
-                f"{name}: its optimizer trained other parameters ({error}). --lr_backbone 0, --backbone_norm and "
-                "--frozen_weights must be as they were; to begin anew from these weights, use --finetune"
-            ) from None
-        self.lr_scheduler.load_state_dict(state["lr_scheduler"])
-        self.scaler.load_state_dict(state.get("scaler", {})) if state.get("scaler") else None
-        self.epoch = state["epoch"] + 1
-        self.seen = state.get("seen", 0)
-        self.best = state.get("best", -1.0)
-        self._adopt_flags(state)
-        processes = state.get("processes", [])
-        if len(processes) == get_world_size():
-            self.sums = processes[get_rank()]["sums"]
-            _restore_rng(processes[get_rank()]["rng"])
-        elif processes:
-            logger.warning(
-                f"{name} was written by {len(processes)} processes, now there are {get_world_size()}: the run goes on "
-                "at the same image, but with other random numbers"
-            )
-            self.sums = merge_sums([theirs["sums"] for theirs in processes]) if is_main_process() else {}
-
-    def _adopt_flags(self, state: dict) -> None:
-        changed = changed_flags(self.flags, state, vars(self.flags).keys() - {"resume", "output_dir"})
-        if changed:
-            logger.info(f"flags unlike the checkpoint's hold from here on: {', '.join(changed.values())}")
-        if changed.keys() & {"lr", "lr_backbone", "lr_drop", "weight_decay"}:
-            schedule = self.lr_scheduler
-            schedule.step_size, schedule.base_lrs = self.flags.lr_drop, [self.flags.lr, self.flags.lr_backbone]
-            for group, rate in zip(self.optimizer.param_groups, schedule.base_lrs, strict=True):
-                group["lr"] = rate * schedule.gamma ** (schedule.last_epoch // schedule.step_size)
-                group["weight_decay"] = self.flags.weight_decay
-            schedule._last_lr = [group["lr"] for group in self.optimizer.param_groups]
-
-    def save(self, folder: Path, *names: str) -> None:
-        """Write a checkpoint under each name. Every process calls it, the main one writes."""
-        state = self.state()
-        if is_main_process():
-            save_checkpoint(state, *(folder / name for name in names))
+        save_checkpoint(state, *(self.output_dir / name for name in names))
 
 
-def _check_moments(optimizer: torch.optim.Optimizer) -> None:
-    """Raise ValueError where an average of gradients has another shape than its parameter."""
-    for parameter, state in optimizer.state.items():
-        if "exp_avg" in state and state["exp_avg"].shape != parameter.shape:
-            raise ValueError(f"an average of shape {list(state['exp_avg'].shape)} for one of {list(parameter.shape)}")
-
-
-def changed_flags(flags: argparse.Namespace, state: dict, names: Collection[str]) -> dict[str, str]:
-    """Say for each of the flags `names` whose value is not a checkpoint's: what it was, and is."""
+def changed_flags(flags: dict, state: dict, names: Collection[str]) -> dict[str, str]:
+    """Return, for each of the flags `names` that differs from a checkpoint's, a text with both values."""
     saved = state.get("args", {})
     saved = saved if isinstance(saved, dict) else vars(saved)
     return {
         name: f"--{name} {saved[name]} -> {value}"
-        for name, value in vars(flags).items()
+        for name, value in flags.items()
         if name in names and name in saved and saved[name] != value
     }
 
 
-def _rng_state() -> dict:
-    """State of this process's generators, as tensors and plain Python."""
-    kind, keys, *rest = np.random.get_state()
-    return {
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
-        "numpy": [kind, keys.tolist(), *rest],
-        "python": random.getstate(),
-    }
+def epoch_score(row: dict) -> float:
+    """Return the number by which epochs are compared: PQ if there is one, else AP of masks, else of boxes, else -1."""
+    if "test_PQ_all" in row:
+        return row["test_PQ_all"]["pq"]
+    return row.get("test_coco_eval_masks", row.get("test_coco_eval_bbox", [-1.0]))[0]
 
 
-def _restore_rng(state: dict) -> None:
-    """Put this process's generators where `_rng_state` found them."""
-    torch.set_rng_state(state["torch"])
-    if state["cuda"] is not None and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"])
-    np.random.set_state(tuple(state["numpy"]))
-    version, words, rest = state["python"]
-    random.setstate((version, tuple(words), rest))
+def _ceil_div(a: int, b: int) -> int:
+    return -(-a // b)
