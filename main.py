@@ -56,7 +56,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--compile", action="store_true", help="compile the network (torch.compile)")
 
     add = _group(parser, "backbone")
-    add("--backbone", default="resnet50", type=str, help="a ResNet of torchvision: resnet18 to resnet152, resnext..., wide_resnet...")
+    add("--backbone", default="resnet50", type=str,
+        help="a ResNet of torchvision: resnet18 to resnet152, resnext50_32x4d, wide_resnet50_2...")
     add("--dilation", action="store_true", help="stride 16 instead of 32 in the last stage (DC5; resnet50 and deeper)")
     add("--position_embedding", default="sine", type=str, choices=list(POSITION_EMBEDDINGS),
         help="kind of position encoding")

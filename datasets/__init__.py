@@ -1,4 +1,4 @@
-"""Datasets by name, and what all of them share: default flags, the number of classes, the index for evaluation."""
+"""Datasets by name, the default flags of all of them, and the index for evaluation."""
 
 from torch.utils.data import Dataset, Subset
 
@@ -13,7 +13,6 @@ __all__ = [
     "build_coco",
     "build_dataset",
     "get_coco_api_from_dataset",
-    "num_classes_of",
 ]
 
 build_coco = build  # as DETR names it
@@ -28,7 +27,6 @@ DATASETS = {
 
 # The flags that DETR did not have. A caller whose `args` lacks one gets its default.
 NEW_FLAGS = {**coco.NEW_FLAGS, **shapes.NEW_FLAGS}
-COCO_CLASSES = 91  # the largest category id of COCO's objects + 1
 
 
 def build_dataset(image_set: str, args) -> Dataset:
@@ -41,17 +39,6 @@ def build_dataset(image_set: str, args) -> Dataset:
     if args.dataset_file not in DATASETS:
         raise ValueError(f"no dataset {args.dataset_file!r}: --dataset_file is one of {', '.join(DATASETS)}")
     return DATASETS[args.dataset_file](image_set, args)
-
-
-def num_classes_of(
-    flag: int | None = None, checkpoint: int | None = None, dataset: Dataset | None = None, dataset_file: str = "coco"
-) -> int:
-    """Return the number of classes: of the flag, else of the checkpoint, else of the dataset, else of COCO's data."""
-    if flag or checkpoint:
-        return flag or checkpoint
-    if dataset is not None:
-        return dataset.num_classes
-    return coco_panoptic.COCO_CLASSES if dataset_file == "coco_panoptic" else COCO_CLASSES
 
 
 def get_coco_api_from_dataset(dataset: Dataset):

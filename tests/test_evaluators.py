@@ -7,7 +7,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Subset
 
 import datasets
-from datasets import build_dataset, evaluators, get_coco_api_from_dataset, num_classes_of
+from datasets import build_dataset, evaluators, get_coco_api_from_dataset
 from datasets.evaluators import Batch, build_evaluators
 from engine import evaluate
 from models import build_model
@@ -75,13 +75,6 @@ def test_dataset_added_to_the_table_is_built_by_its_function(monkeypatch):
     data = build_dataset("train", {"dataset_file": "mine", "root": "/data"})
     assert data.image_set == "train" and data.args.root == "/data"
     assert data.args.max_size == 1333 and data.args.image_dtype == "float32"
-
-
-def test_number_of_classes_is_that_of_flag_checkpoint_dataset_or_coco():
-    data = SimpleNamespace(num_classes=7)
-    assert num_classes_of(5, 6, data) == 5 and num_classes_of(None, 6, data) == 6
-    assert num_classes_of(None, None, data) == 7 and num_classes_of() == 91
-    assert num_classes_of(dataset_file="coco_panoptic") == 250
 
 
 def test_panoptic_quality_is_logged_by_group():

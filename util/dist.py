@@ -2,6 +2,7 @@
 
 import os
 import subprocess
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -191,6 +192,8 @@ def distribute(model: nn.Module, processes: ProcessInfo, device: torch.device) -
         return model
     if any(isinstance(module, nn.BatchNorm2d) for module in model.modules()):
         logger.info("batch norm is not synchronised: the main process's statistics are evaluated and saved")
+    # The gradient of a 1x1 convolution is the same memory under channels-last strides: nothing is copied.
+    warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
     device_ids = [device.index] if device.type == "cuda" else None
     return nn.parallel.DistributedDataParallel(model, device_ids=device_ids, gradient_as_bucket_view=True)
 
