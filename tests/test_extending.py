@@ -12,7 +12,9 @@ from tests.helpers import TINY
 
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "extending.md").read_text()
-SECTIONS = {title: text for title, text in re.findall(r"^## (.+?)\n(.*?)(?=^## |\Z)", PAGE, re.MULTILINE | re.DOTALL)}
+SECTIONS = {
+    title: text for title, text in re.findall(r"^## ([^\n]+)\n(.*?)(?=^## |\Z)", PAGE, re.MULTILINE | re.DOTALL)
+}
 PARTS = ("models", "datasets", "util", "engine.py", "main.py")
 
 pytestmark = pytest.mark.slow
@@ -48,7 +50,7 @@ def apply_edits(section, project):
 
 def run(project, coco_root, section):
     """Run the section's command, with the flags of a tiny model; return what it printed."""
-    (flags,) = re.findall(r"^```\npython main.py (.*?)\n```", section, re.MULTILINE | re.DOTALL)
+    (flags,) = re.findall(r"^```\npython main.py(.*?)\n```", section, re.MULTILINE | re.DOTALL)
     command = [
         sys.executable,
         "main.py",
