@@ -70,4 +70,5 @@ def test_extending_row_works_as_documented(title, project, coco_root):
     section = SECTIONS[title]
     apply_edits(section, project)
     (expected,) = re.findall(r"<!-- expect: (.*?) -->", section)
-    assert re.search(expected, run(project, coco_root, section))
+    printed = run(project, coco_root, section)
+    assert re.search(expected, printed), f"no {expected} in:\n{printed[-4000:]}"
