@@ -22,6 +22,7 @@ def train_one_epoch(
     model: nn.Module, criterion: nn.Module, data_loader: Iterable, optimizer: torch.optim.Optimizer,
     device: torch.device, epoch: int, max_norm: float = 0, *, amp: str | None = None,
     scaler: torch.amp.GradScaler | None = None, accum_steps: int = 1, print_freq: int = 10, state=None,
+    with_targets: bool = False,
 ) -> dict[str, float]:  # fmt: skip
     """Train on every batch once; return the epoch's averages.
 
@@ -29,6 +30,7 @@ def train_one_epoch(
     The optimizer steps every `accum_steps` batches, on the mean of their gradients. `state` (a `util.run.Run`) saves
     and stops: its `after_step` is called after each step. Raises FloatingPointError, before the weights change, when
     the loss or a gradient is not finite; in fp16 the scaler skips such steps, as long as a lower scale may help.
+    `with_targets`: the model takes the targets too (models/denoising.py).
     """
     model.train()
     criterion.train()
@@ -44,8 +46,9 @@ def train_one_epoch(
         closes = (step + 1) % accum_steps == 0 or step + 1 == batches
         ids = [int(target["image_id"]) for target in targets if "image_id" in target]
         with nullcontext() if closes else no_sync(model):
+            samples, targets = samples.to(device, non_blocking=True), to_device(targets, device)
             with autocast(device, amp):
-                losses = criterion(model(samples.to(device, non_blocking=True)), to_device(targets, device))
+                losses = criterion(model(samples, targets) if with_targets else model(samples), targets)
             loss = sum(losses[name] * weight for name, weight in criterion.weight_dict.items() if name in losses)
             scaler.scale(loss / group).backward()
         norm = None

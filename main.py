@@ -6,6 +6,7 @@ python main.py --coco_path /data/coco --masks --frozen_weights FILE  # masks on 
 """
 
 import argparse
+import math
 import time
 from datetime import timedelta
 from pathlib import Path
@@ -13,7 +14,8 @@ from pathlib import Path
 import torch
 from torch import nn
 from torch.distributed.elastic.multiprocessing.errors import record
-from torch.utils.data import Dataset
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.utils.data import DataLoader, Dataset
 
 import datasets
 import models
@@ -23,12 +25,14 @@ from datasets.coco_eval import CocoEvaluator, curves
 from datasets.loaders import build_train_loader, build_val_loader
 from engine import allow_tf32, compile_network, evaluate, train_one_epoch
 from models import build_model
+from models.denoising import build_denoising
 from models.position_encoding import POSITION_EMBEDDINGS
 from util.checkpoint import count_classes, load_checkpoint, load_model, load_resumed, position, save_checkpoint
 from util.dist import ProcessInfo, broadcast_buffers, distribute, is_main_process, pick_device, process_group
 from util.finetune import finetune
 from util.flags import with_defaults
 from util.logger import configure_logging, logger
+from util.optim import build_lr_scheduler, build_optimizer
 from util.output_dir import files_to_replace, locked
 from util.project import get_sha
 from util.run import Run, changed_flags
@@ -92,6 +96,19 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--bbox_loss_coef", default=5, type=float, help="weight of the L1 box loss")
     add("--giou_loss_coef", default=2, type=float, help="weight of the generalized IoU loss")
     add("--eos_coef", default=0.1, type=float, help='weight of "no object" in the classification loss')
+
+    add = _group(parser, "convergence (training only: the network does not change)")
+    add("--denoising_groups", default=new["denoising_groups"], type=int,
+        help="groups of denoising queries, whose targets are noised objects; 0: none")
+    add("--denoising_box_noise", default=new["denoising_box_noise"], type=float,
+        help="largest shift of a noised box's corners, as a share of half its sides")
+    add("--denoising_label_noise", default=new["denoising_label_noise"], type=float,
+        help="share of noised objects with a random class")
+    add("--ema_decay", default=0.0, type=float,
+        help="evaluate and save a moving average of the weights with this decay, for example 0.999; 0: none")
+    add("--lr_schedule", default="step", choices=("step", "linear", "cosine"),
+        help="step: divide the rates by 10 at --lr_drop; linear, cosine: lower them to 0 over the run, at every step")
+    add("--warmup_steps", default=0, type=int, help="first steps, over which the rates rise from 0")
 
     add = _group(parser, "data")
     add("--dataset_file", default="coco", help=f"one of: {', '.join(datasets.DATASETS)}")
@@ -172,6 +189,9 @@ def check_flags(args) -> None:
         (args.eval_every < 1, f"--eval_every {args.eval_every}: at least 1"),
         (args.save_every_steps < 0, f"--save_every_steps {args.save_every_steps}: 0 or more"),
         (args.lr_drop < 1, f"--lr_drop {args.lr_drop}: at least 1"),
+        (min(args.denoising_groups, args.warmup_steps) < 0, "--denoising_groups and --warmup_steps: 0 or more"),
+        (args.denoising_groups and args.masks, "--denoising_groups train boxes: leave out --masks"),
+        (not 0 <= args.ema_decay < 1, f"--ema_decay {args.ema_decay}: at least 0, and below 1"),
         (args.max_size < args.min_size, f"--max_size {args.max_size} is below --min_size {args.min_size}"),
         (args.resume == "auto" and not args.output_dir, "--resume auto looks in --output_dir: give one"),
         (args.finetune and args.resume not in ("", "auto"), "--finetune starts a run, --resume continues: choose one"),
@@ -210,17 +230,18 @@ def run_process(args, processes: ProcessInfo) -> None:
     val_loader = build_val_loader(val_set, args, device)
     base_ds = get_coco_api_from_dataset(val_set) if is_main_process() else None
     model, criterion, postprocessors = build_parts(args, device, checkpoint, name)
-    evaluation = (model, criterion, postprocessors, val_loader, base_ds, device, args.output_dir)
+    evaluation = (criterion, postprocessors, val_loader, base_ds, device, args.output_dir)
     options = {"amp": args.amp, "coco_backend": args.coco_eval, "print_freq": args.print_freq}
     if args.eval:
-        _, evaluator = evaluate(*evaluation, **options)
+        _, evaluator = evaluate(model, *evaluation, **options)
         write_evaluation(evaluator, args.output_dir, "eval.pth")
         return
 
-    run = build_run(args, model, train_set)
-    run.restore(checkpoint, name)
     train_loader = build_train_loader(train_set, args, device)
-    network = distribute(model, processes, device)
+    network, train_criterion, training_only = build_denoising(args, model, criterion)
+    run = build_run(args, model, train_loader, training_only)
+    run.restore(checkpoint, name)
+    network = distribute(network, processes, device)
     logger.info(f"{run.trainable_parameters()} trainable parameters; {args.epochs} epochs, {run.epoch} of them done")
     for path in obsolete:
         path.unlink()
@@ -228,13 +249,14 @@ def run_process(args, processes: ProcessInfo) -> None:
     for epoch in range(run.epoch, args.epochs):
         with run.training(train_loader):
             train_stats = train_one_epoch(
-                network, criterion, train_loader, run.optimizer, device, epoch, args.clip_max_norm,
+                network, train_criterion, train_loader, run.optimizer, device, epoch, args.clip_max_norm,
                 amp=args.amp, scaler=run.scaler, accum_steps=args.accum_steps, print_freq=args.print_freq, state=run,
+                with_targets=training_only is not None,
             )  # fmt: skip
         test_stats = {}
         if (epoch + 1) % args.eval_every == 0 or epoch + 1 == args.epochs:
-            broadcast_buffers(model)
-            test_stats, evaluator = evaluate(*evaluation, **options)
+            broadcast_buffers(run.evaluated_model)
+            test_stats, evaluator = evaluate(run.evaluated_model, *evaluation, **options)
             numbered = [f"eval/{epoch:03}.pth"] if epoch % 50 == 0 else []
             write_evaluation(evaluator, args.output_dir, "eval/latest.pth", *numbered)
         run.finish_epoch(train_stats, test_stats)
@@ -293,36 +315,28 @@ def build_parts(args, device: torch.device, checkpoint: dict | None = None, name
     return model, criterion, postprocessors
 
 
-def build_optimizer(args, model: nn.Module) -> torch.optim.Optimizer:
-    """Build AdamW, with a learning rate of its own for the backbone."""
-    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for name, p in named if "backbone" not in name]},
-        {"params": [p for name, p in named if "backbone" in name], "lr": args.lr_backbone},
-    ]
-    return torch.optim.AdamW(groups, lr=args.lr, weight_decay=args.weight_decay, fused=True)
-
-
-def build_lr_scheduler(args, optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
-    """Build the schedule of the learning rates, any of PyTorch's that steps once an epoch: here, drops by ten."""
-    return torch.optim.lr_scheduler.StepLR(optimizer, args.lr_drop)
-
-
-def build_run(args, model: nn.Module, train_set: Dataset) -> Run:
+def build_run(args, model: nn.Module, train_loader: DataLoader, training_only: nn.Module | None = None) -> Run:
     """Build the state of a training run at its beginning."""
-    optimizer = build_optimizer(args, model)
+    every_step = args.lr_schedule != "step" or args.warmup_steps > 0
+    steps_per_epoch = math.ceil(len(train_loader) / args.accum_steps) if every_step else 0
+    optimizer = build_optimizer(args, model, training_only)
+    average = get_ema_multi_avg_fn(args.ema_decay)
     return Run(
         model,
         optimizer,
-        build_lr_scheduler(args, optimizer),
+        build_lr_scheduler(args, optimizer, steps_per_epoch),
         torch.amp.GradScaler(next(model.parameters()).device.type, enabled=args.amp == "fp16"),
         vars(args),
-        train_set.class_names,
+        train_loader.dataset.class_names,
         output_dir=Path(args.output_dir) if args.output_dir else None,
         accum_steps=args.accum_steps,
         save_every_steps=args.save_every_steps,
         check_signals_every=args.print_freq,
         lr_drop=args.lr_drop,
+        steps_per_epoch=steps_per_epoch,
+        images_per_step=train_loader.batch_sampler.images_per_step * args.accum_steps,
+        ema=AveragedModel(model, multi_avg_fn=average, use_buffers=True) if args.ema_decay else None,
+        training_only=training_only,
         epoch=args.start_epoch,
     )
 

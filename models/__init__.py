@@ -4,7 +4,7 @@ import argparse
 
 from torch import nn
 
-from models import backbone
+from models import backbone, denoising
 from models.backbone import build_backbone
 from models.criterion import SetCriterion, loss_weights
 from models.detr import DETR, PostProcess, build
@@ -17,7 +17,7 @@ from util.flags import with_defaults
 __all__ = ["NEW_FLAGS", "build", "build_model"]
 
 # Flags that the reference does not have, and their values for callers whose `args` lack them.
-NEW_FLAGS = {**backbone.NEW_FLAGS, "num_classes": None, "thing_classes": None}
+NEW_FLAGS = {**backbone.NEW_FLAGS, **denoising.NEW_FLAGS, "num_classes": None, "thing_classes": None}
 
 COCO_CLASSES, COCO_PANOPTIC_CLASSES = 91, 250  # largest category id + 1, in the published models
 COCO_THINGS = range(91)  # category ids of COCO's things; its stuff has larger ones

@@ -21,51 +21,32 @@ from torch.nn.utils.rnn import pad_sequence
 from models.criterion import SetCriterion
 from models.detr import DETR
 from models.matcher import Indices
+from util.flags import with_defaults
 from util.nested_tensor import NestedTensor
 
 PREFIX = "dn_"  # of the names of the denoising losses
 DENOISED = ("loss_ce", "loss_bbox", "loss_giou")
 
 
-class DenoisingDETR(nn.Module):
-    """A DETR in training with denoising queries beside its object queries.
+class DenoisingQueries(nn.Module):
+    """Turns the objects of a batch into denoising queries; it has all parameters that exist only in training.
 
-    `detr` is the network itself, which is trained here and then used, saved and evaluated alone. `groups` is the number
-    of times each object is noised. `box_noise` is the largest shift of a corner, as a share of half the box's sides
-    (negatives: between one and two times that); `label_noise` is the share of classes replaced by random ones.
+    `groups` is the number of times each object is noised. `box_noise` is the largest shift of a corner, as a share of
+    half the box's sides (negatives: between one and two times that); `label_noise` is the share of classes replaced by
+    random ones.
     """
 
-    def __init__(self, detr: DETR, num_classes: int, groups: int, box_noise: float = 0.4, label_noise: float = 0.2):
+    def __init__(self, width: int, num_classes: int, groups: int, box_noise: float = 0.4, label_noise: float = 0.2):
         super().__init__()
-        self.detr = detr
-        self.groups, self.box_noise, self.label_noise = groups, box_noise, label_noise
-        self.num_classes = num_classes
-        width = detr.transformer.d_model
+        self.num_classes, self.groups = num_classes, groups
+        self.box_noise, self.label_noise = box_noise, label_noise
         self.label_embed = nn.Embedding(num_classes, width)
         self.box_embed = nn.Linear(4, width)
 
-    def forward(self, samples: NestedTensor, targets: list[dict[str, Tensor]]) -> dict:
-        """Detect objects as DETR does, and reconstruct noised ones.
-
-        Returns DETR's outputs and `denoising`: the outputs of the denoising queries [B, D, ...] in the same form, with
-        `aux_outputs`, for DenoisingCriterion.
-        """
-        detr = self.detr
-        features, positions = detr.backbone(samples)
-        src, mask = features[-1].decompose()
-        cells, pos = detr.input_proj(src).flatten(2).transpose(1, 2), positions[-1].flatten(2).transpose(1, 2)
-        padding = mask.flatten(1)
-        memory = detr.transformer.encoder(cells, src_key_padding_mask=padding, pos=pos)
-
+    def forward(self, targets: list[dict[str, Tensor]]) -> Tensor:
+        """Objects of B images -> queries [B, D, C]."""
         labels, boxes = self.noised(targets)
-        noised = self.label_embed(labels) + self.box_embed(boxes)
-        queries = detr.query_embed.weight.unsqueeze(0).expand(len(targets), -1, -1)
-        count, tgt_mask = queries.shape[1], self.attention_mask(queries.shape[1], noised.shape[1], noised.device)
-        query_pos = torch.cat([queries, noised.to(queries.dtype)], dim=1)
-        hs = detr.transformer.decode(memory, padding, pos, query_pos, tgt_mask)
-        outputs = detr.predict(hs[:, :, :count])
-        outputs["denoising"] = detr.predict(hs[:, :, count:])
-        return outputs
+        return self.label_embed(labels) + self.box_embed(boxes)
 
     @torch.no_grad()
     def noised(self, targets: list[dict[str, Tensor]]) -> tuple[Tensor, Tensor]:
@@ -96,6 +77,38 @@ class DenoisingDETR(nn.Module):
         group = torch.arange(denoising, device=device) // (denoising // self.groups)
         owner = torch.cat([torch.full((queries,), -1, device=device), group])  # object queries are a group of their own
         return owner[:, None] != owner[None, :]
+
+
+class DenoisingDETR(nn.Module):
+    """A DETR in training, with denoising queries beside its object queries.
+
+    `detr` is the network itself: it is trained here, and then used, saved and evaluated alone.
+    """
+
+    def __init__(self, detr: DETR, queries: DenoisingQueries):
+        super().__init__()
+        self.detr, self.queries = detr, queries
+
+    def forward(self, samples: NestedTensor, targets: list[dict[str, Tensor]]) -> dict:
+        """Detect objects as DETR does, and reconstruct noised ones.
+
+        Returns DETR's outputs and `denoising`: the outputs of the denoising queries [B, D, ...] in the same form, with
+        `aux_outputs`, for DenoisingCriterion.
+        """
+        detr = self.detr
+        features, positions = detr.backbone(samples)
+        src, mask = features[-1].decompose()
+        cells, pos = detr.input_proj(src).flatten(2).transpose(1, 2), positions[-1].flatten(2).transpose(1, 2)
+        padding = mask.flatten(1)
+        memory = detr.transformer.encoder(cells, src_key_padding_mask=padding, pos=pos)
+
+        objects = detr.query_embed.weight.unsqueeze(0).expand(len(targets), -1, -1)
+        noised = self.queries(targets).to(objects.dtype)
+        tgt_mask = self.queries.attention_mask(objects.shape[1], noised.shape[1], noised.device)
+        hs = detr.transformer.decode(memory, padding, pos, torch.cat([objects, noised], dim=1), tgt_mask)
+        outputs = detr.predict(hs[:, :, : objects.shape[1]])
+        outputs["denoising"] = detr.predict(hs[:, :, objects.shape[1] :])
+        return outputs
 
 
 class DenoisingCriterion(nn.Module):
@@ -149,3 +162,27 @@ def _padded_objects(targets: list[dict[str, Tensor]], most: int, num_classes: in
     size = torch.rand_like(boxes[..., 2:]) * 0.5 + 0.05
     centre = size / 2 + torch.rand_like(size) * (1 - size)
     return labels, torch.where(missing[..., None], torch.cat([centre, size], dim=-1), boxes)
+
+
+# Flags that the reference does not have, and their values for callers without them.
+NEW_FLAGS = {"denoising_groups": 0, "denoising_box_noise": 0.4, "denoising_label_noise": 0.2}
+
+
+def build_denoising(
+    args, model: nn.Module, criterion: SetCriterion
+) -> tuple[nn.Module, nn.Module, DenoisingQueries | None]:
+    """Build what trains the model: with denoising queries if the flags ask for them, else model and criterion.
+
+    Returns the training network, its criterion, and the module of the training-only parameters, or None.
+    """
+    flags = with_defaults(args, NEW_FLAGS)
+    if not flags.denoising_groups:
+        return model, criterion, None
+    queries = DenoisingQueries(
+        model.transformer.d_model,
+        criterion.num_classes,
+        flags.denoising_groups,
+        flags.denoising_box_noise,
+        flags.denoising_label_noise,
+    ).to(criterion.empty_weight.device)
+    return DenoisingDETR(model, queries), DenoisingCriterion(criterion, flags.denoising_groups), queries

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -96,3 +97,8 @@ def matching_scene(queries=5, sizes=(3, 0, 2), layers=2, classes=4, seed=0):
 def layers_of(logits, boxes):
     """Logits and boxes [L, B, Q, ...] -> the outputs of each decoder layer."""
     return [{"pred_logits": a, "pred_boxes": b} for a, b in zip(logits, boxes, strict=True)]
+
+
+def loader_of(dataset, images_per_step=2):
+    """What build_run needs of a data loader."""
+    return SimpleNamespace(dataset=dataset, batch_sampler=SimpleNamespace(images_per_step=images_per_step))

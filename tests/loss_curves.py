@@ -23,6 +23,7 @@ from engine import compile_network, train_one_epoch
 from main import build_run, build_train_loader, get_args_parser
 from models import backbone, build_model, resnet
 from models.attention import Attention
+from tests.helpers import loader_of
 from util.nested_tensor import NestedTensor
 
 
@@ -46,7 +47,7 @@ def curve(args: argparse.Namespace, way: str, steps: int) -> list[float]:
     args.num_classes = args.num_classes or train_set.num_classes
     model, criterion, _ = build_model(args)
     device, recorder = torch.device(args.device), LossRecorder()
-    optimizer = build_run(args, model.to(device), train_set).optimizer
+    optimizer = build_run(args, model.to(device), loader_of(train_set)).optimizer
     batches = build_train_loader(train_set, args, device)
     if way == "plain":
         model.to(memory_format=torch.contiguous_format)

@@ -31,7 +31,8 @@ def assert_accepts(function, signature, where):
             continue
         assert i < len(own), f"{where}: no parameter {parameter.name}"
         assert own[i].name == parameter.name, f"{where}: parameter {i} is {own[i].name}, not {parameter.name}"
-        assert own[i].default == parameter.default, f"{where}: default of {parameter.name} is {own[i].default}"
+        if parameter.default is not parameter.empty:
+            assert own[i].default == parameter.default, f"{where}: default of {parameter.name} is {own[i].default}"
     for parameter in own[len(wanted) :]:
         optional = parameter.default is not parameter.empty or parameter.kind in (
             parameter.VAR_POSITIONAL,

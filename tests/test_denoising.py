@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from models import build_model
-from models.denoising import DenoisingCriterion, DenoisingDETR
+from models.denoising import DenoisingCriterion, DenoisingDETR, DenoisingQueries
 from tests.helpers import parse
 from util.nested_tensor import nested_tensor_from_tensor_list
 
@@ -23,7 +23,8 @@ def objects(*counts):
 def build(groups=3, **noise):
     torch.manual_seed(0)
     model, criterion, _ = build_model(parse("--num_classes 5 --dropout 0"))
-    return DenoisingDETR(model, 5, groups, **noise), DenoisingCriterion(criterion, groups)
+    queries = DenoisingQueries(model.transformer.d_model, 5, groups, **noise)
+    return DenoisingDETR(model, queries), DenoisingCriterion(criterion, groups)
 
 
 def test_denoising_object_queries_answer_as_without_it():
@@ -40,8 +41,8 @@ def test_denoising_groups_do_not_see_each_other():
     wrapped.eval()
     targets = objects(2, 2)
     torch.manual_seed(1)
-    labels, boxes = wrapped.noised(targets)
-    wrapped.noised = lambda _: (labels, boxes)
+    labels, boxes = wrapped.queries.noised(targets)
+    wrapped.queries.noised = lambda _: (labels, boxes)
     before = wrapped(BATCH, targets)["denoising"]["pred_boxes"]
     boxes[:, 4:] += 0.2  # the second group
     after = wrapped(BATCH, targets)["denoising"]["pred_boxes"]
@@ -58,7 +59,7 @@ def test_noised_boxes_stay_within_the_noise_and_negatives_lie_beyond_it():
     targets = objects(2, 2)
     for target in targets:
         target["boxes"][:, 2:] = torch.tensor([0.2, 0.3])  # so that no shifted corner leaves the image
-    labels, boxes = wrapped.noised(targets)
+    labels, boxes = wrapped.queries.noised(targets)
     assert labels.shape == (2, 50 * 2 * 2) and boxes.min() >= 0 and boxes.max() <= 1
     wanted = torch.stack([target["boxes"] for target in targets])
     shift = (corners(boxes).view(2, 50, 2, 2, 4) - corners(wanted)[:, None, None]).abs()
@@ -95,7 +96,7 @@ def test_denoising_without_objects_reaches_every_parameter(counts):
     losses = criterion(wrapped.train()(BATCH, objects(*counts)), objects(*counts))
     sum(losses[name] * weight for name, weight in criterion.weight_dict.items()).backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in wrapped.parameters() if p.requires_grad)
-    assert wrapped.box_embed.weight.grad.any()
+    assert wrapped.queries.box_embed.weight.grad.any()
 
 
 def test_denoising_criterion_in_evaluation_gives_the_networks_losses_only():

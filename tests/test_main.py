@@ -14,7 +14,7 @@ import torch
 
 import engine
 import main
-from tests.helpers import TINY, parse
+from tests.helpers import TINY, loader_of, parse
 from util.interruption import SIGNALS, Interruption
 
 pytestmark = pytest.mark.slow
@@ -229,8 +229,8 @@ def test_resume_with_changed_rates_uses_and_logs_them(finished, tmp_path, caplog
 
 
 @pytest.mark.parametrize("schedule", [
-    lambda args, optimizer: torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=args.epochs),
-    lambda args, optimizer: torch.optim.lr_scheduler.LambdaLR(optimizer, lambda epoch: 1 / (1 + epoch)),
+    lambda args, optimizer, _: torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=args.epochs),
+    lambda args, optimizer, _: torch.optim.lr_scheduler.LambdaLR(optimizer, lambda epoch: 1 / (1 + epoch)),
 ])  # fmt: skip
 def test_resume_with_another_schedule_gives_the_same_bits(finished, tmp_path, monkeypatch, schedule):
     _, flags = finished
@@ -489,7 +489,7 @@ def test_weights_that_are_not_finite_are_neither_saved_nor_evaluated(finished, t
     with torch.no_grad():
         model.query_embed.weight[0] = float("inf")
     with pytest.raises(FloatingPointError, match="query_embed.weight"):
-        main.build_run(args, model, argparse.Namespace(class_names={})).save("checkpoint.pth")
+        main.build_run(args, model, loader_of(argparse.Namespace(class_names={}))).save("checkpoint.pth")
     assert not (tmp_path / "checkpoint.pth").exists()
 
 

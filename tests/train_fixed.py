@@ -14,7 +14,7 @@ from datasets.batches import TrainBatches
 from engine import train_one_epoch
 from main import build_run, distribute
 from models import build_model
-from tests.helpers import parse
+from tests.helpers import loader_of, parse
 from util.dist import all_gather, get_rank, get_world_size, process_group
 from util.logger import merge_sums
 from util.nested_tensor import collate_fn
@@ -68,7 +68,7 @@ def main(out: str, batch_size: int, how: str) -> None:
         torch.manual_seed(1 + get_rank())  # the wrapper must give every process the first one's weights
         model, criterion, _ = build_model(args)
         pictures = Pictures(how == "unequal")
-        run = build_run(args, model, pictures)
+        run = build_run(args, model, loader_of(pictures))
         batches = TrainBatches(12, batch_size, 0, get_rank(), get_world_size())
         loader = torch.utils.data.DataLoader(pictures, batch_sampler=batches, collate_fn=collate_fn)
         recorder = Recorder()

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader
 
 from util.checkpoint import BEST, not_finite, position, save_checkpoint
@@ -38,6 +39,10 @@ class Run:
     save_every_steps: int = 0  # 0: only after each epoch
     check_signals_every: int = 10  # steps; a single process checks after each
     lr_drop: int = 200
+    steps_per_epoch: int = 0  # of a schedule that is stepped after every step; 0: it is stepped after every epoch
+    images_per_step: int = 1  # of all processes together
+    ema: AveragedModel | None = None  # a moving average of the weights, which is evaluated in their place
+    training_only: nn.Module | None = None  # parameters beside the model
     epoch: int = 0  # the one under way, from 0
     seen: int = 0  # images of it that all processes together have trained on
     best: float = -1.0  # AP (or PQ) of the best epoch
@@ -65,6 +70,11 @@ class Run:
                 raise
 
     @property
+    def evaluated_model(self) -> nn.Module:
+        """The model to evaluate, and the one that `model` in a checkpoint holds: the averaged one if there is one."""
+        return self.ema.module if self.ema else self.model
+
+    @property
     def batches_done(self) -> int:
         """Batches of the epoch that this process has trained on."""
         return _ceil_div(self.seen, self._images_per_batch)  # rounded up only after a change of the batch size
@@ -75,6 +85,10 @@ class Run:
         at_end = self._batches_left == 0
         self.seen = self._images if at_end else self.seen + batches * self._images_per_batch
         self.sums, self.random = metrics.sums(), random_state()
+        if self.ema:
+            self.ema.update_parameters(self.model)
+        if self.steps_per_epoch:
+            self._step_schedule()
         steps = self.batches_done // self.accum_steps
         due = at_end or (self.save_every_steps > 0 and steps % self.save_every_steps == 0)
         if due:
@@ -85,7 +99,8 @@ class Run:
     def finish_epoch(self, train_stats: dict, test_stats: dict) -> None:
         """Advance to the next epoch; write the log row, the curves, and then the checkpoints."""
         epoch = self.epoch
-        self._step_schedule()
+        if not self.steps_per_epoch:
+            self._step_schedule()
         self.epoch, self.seen, self.sums, self.random = epoch + 1, 0, {}, random_state()
         row = {f"train_{name}": value for name, value in train_stats.items()}
         row |= {f"test_{name}": value for name, value in test_stats.items()}
@@ -130,8 +145,14 @@ class Run:
         if self.epoch > self.flags["epochs"]:
             raise ValueError(f"--epochs {self.flags['epochs']}, but {name} has trained {self.epoch} epochs: give more")
         self._restore_optimizer(state["optimizer"], name)
-        for _ in range(self.epoch):
+        steps = self.epoch * self.steps_per_epoch + _ceil_div(self.seen, self.images_per_step)
+        for _ in range(steps if self.steps_per_epoch else self.epoch):
             self._step_schedule()
+        if self.ema and "ema" in state:  # the checkpoint's `model`, loaded into both, is the average
+            self.ema.n_averaged.fill_(state["ema"]["updates"])
+            self.model.load_state_dict(state["ema"]["trained_model"])
+        if self.training_only and "training_only" in state:
+            self.training_only.load_state_dict(state["training_only"])
         if state.get("scaler"):
             self.scaler.load_state_dict(state["scaler"])
         self.best = state.get("best", -1.0)
@@ -208,7 +229,7 @@ class Run:
             logger.warning(f"nothing could be saved after an error: {error}")
 
     def _write(self, processes: list[dict], names: Collection[str]) -> None:
-        weights = self.model.state_dict()
+        weights = self.evaluated_model.state_dict()
         if broken := not_finite(weights):
             raise FloatingPointError(
                 f"epoch {self.epoch}: {len(broken)} weights are not finite, {broken[0]} among them; no checkpoint is "
@@ -227,6 +248,10 @@ class Run:
             "processes": processes,
             "versions": {"python": platform.python_version(), "torch": str(torch.__version__)},
         }
+        if self.ema:
+            state["ema"] = {"updates": int(self.ema.n_averaged), "trained_model": self.model.state_dict()}
+        if self.training_only:
+            state["training_only"] = self.training_only.state_dict()
         save_checkpoint(state, *(self.output_dir / name for name in names))
 
 

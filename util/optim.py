@@ -1,0 +1,40 @@
+"""The optimizer, and the schedule of the learning rates."""
+
+import math
+
+import torch
+from torch import nn
+
+# Factor of the rates by the share of the run that is done, and the number of drops.
+SHAPES = {
+    "step": lambda done, drops: 0.1**drops,
+    "linear": lambda done, drops: max(0.0, 1 - done),
+    "cosine": lambda done, drops: (1 + math.cos(math.pi * min(1.0, done))) / 2,
+}
+
+
+def build_optimizer(args, model: nn.Module, training_only: nn.Module | None = None) -> torch.optim.Optimizer:
+    """Build AdamW, with a learning rate of its own for the backbone; parameters beside the model come last."""
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for name, p in named if "backbone" not in name]},
+        {"params": [p for name, p in named if "backbone" in name], "lr": args.lr_backbone},
+    ]
+    if training_only:
+        groups.append({"params": list(training_only.parameters())})
+    return torch.optim.AdamW(groups, lr=args.lr, weight_decay=args.weight_decay, fused=True)
+
+
+def build_lr_scheduler(
+    args, optimizer: torch.optim.Optimizer, steps_per_epoch: int = 0
+) -> torch.optim.lr_scheduler.LRScheduler:
+    """Build the schedule of the rates: stepped after every epoch, or after every step if `steps_per_epoch` is given."""
+    if not steps_per_epoch:
+        return torch.optim.lr_scheduler.StepLR(optimizer, args.lr_drop)
+    shape = SHAPES[args.lr_schedule]
+
+    def factor(step: int) -> float:
+        warmup = min(1.0, (step + 1) / (args.warmup_steps + 1))
+        return warmup * shape(step / (args.epochs * steps_per_epoch), step // steps_per_epoch // args.lr_drop)
+
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
