@@ -50,7 +50,7 @@ def build_losses(args) -> dict[str, dict[str, float]]:
 
     The loss "xyz" is the method `loss_xyz` of SetCriterion.
     """
-    losses = {
+    losses: dict[str, dict[str, float]] = {
         "labels": {"loss_ce": 1},
         "boxes": {"loss_bbox": args.bbox_loss_coef, "loss_giou": args.giou_loss_coef},
         "cardinality": {},

@@ -22,7 +22,7 @@ class Attention(nn.MultiheadAttention):
     def __init__(self, embed_dim: int, num_heads: int, dropout: float = 0.0):
         super().__init__(embed_dim, num_heads, dropout=dropout, batch_first=True)
 
-    def forward(
+    def forward(  # ty: ignore[incompatible-method-override]  (without is_causal)
         self,
         query: Tensor,
         key: Tensor,

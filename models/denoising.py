@@ -106,7 +106,7 @@ class DenoisingDETR(nn.Module):
         noised = self.queries(targets).to(objects.dtype)
         tgt_mask = self.queries.attention_mask(objects.shape[1], noised.shape[1], noised.device)
         hs = detr.transformer.decode(memory, padding, pos, torch.cat([objects, noised], dim=1), tgt_mask)
-        outputs = detr.predict(hs[:, :, : objects.shape[1]])
+        outputs: dict = detr.predict(hs[:, :, : objects.shape[1]])
         outputs["denoising"] = detr.predict(hs[:, :, objects.shape[1] :])
         return outputs
 

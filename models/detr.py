@@ -93,14 +93,14 @@ class DETR(nn.Module):
         hs, memory = self.transformer(src, mask, self.query_embed.weight, positions[-1])
         return features, src, hs, memory
 
-    def predict(self, hs: Tensor) -> dict[str, Tensor]:
+    def predict(self, hs: Tensor) -> dict[str, Tensor]:  # and aux_outputs, which TorchScript cannot type
         """Turn decoder outputs [L, B, Q, C] into the dict that `forward` returns."""
         logits, boxes = self._heads(hs)
         out = {"pred_logits": logits[-1], "pred_boxes": boxes[-1]}
         if not torch.jit.is_scripting():
             if self.aux_loss:
                 out["aux_outputs"] = self._set_aux_loss(logits, boxes)
-        return out
+        return out  # ty: ignore[invalid-explicit-return]
 
     @torch.jit.unused
     def _set_aux_loss(self, outputs_class: Tensor, outputs_coord: Tensor) -> list[dict[str, Tensor]]:
