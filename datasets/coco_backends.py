@@ -1,12 +1,13 @@
 """The packages that compute COCO's AP, hotcoco and pycocotools, and the ground truth they are given."""
 
 import contextlib
+import copyreg
 import importlib.util
 import io
 
 import numpy as np
 from pycocotools.coco import COCO
-from pycocotools.cocoeval import COCOeval
+from pycocotools.cocoeval import COCOeval, Params
 
 BACKENDS = ("auto", "hotcoco", "pycocotools")
 LARGEST_EXACT = 2**53  # larger image ids are not exact as floats, which evaluation code uses
@@ -47,6 +48,12 @@ def renumber(truth: dict) -> dict[int, int]:
 class Hotcoco:
     """Evaluation by hotcoco, which takes detections as one array."""
 
+    def __init__(self):
+        import hotcoco
+
+        # Code written against DETR saves `coco_eval["bbox"].eval`, which holds the parameters.
+        copyreg.pickle(hotcoco.Params, _reduce_params)
+
     def index(self, content: dict):
         import hotcoco
 
@@ -64,6 +71,14 @@ class Hotcoco:
         import hotcoco
 
         return hotcoco.COCOeval(truth, found, iou_type)
+
+
+def _reduce_params(params):
+    """Pickle hotcoco's parameters as pycocotools' (for copyreg)."""
+    plain = Params(iouType=params.iouType)
+    for name in ("imgIds", "catIds", "iouThrs", "recThrs", "maxDets", "areaRng", "areaRngLbl", "useCats"):
+        setattr(plain, name, getattr(params, name))
+    return copyreg._reconstructor, (Params, object, None), vars(plain)
 
 
 class Pycocotools:

@@ -297,3 +297,18 @@ def test_images_with_more_objects_than_ap_counts_are_named(capsys):
     content["annotations"] = annotations[:100]
     numbers(index_coco(content), {5: {}})
     assert "more than 100 objects" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("backend", ["auto", "pycocotools"])
+def test_evaluation_curves_can_be_saved_as_in_the_original(backend, tmp_path):
+    truth = {
+        "images": [{"id": 1}], "categories": [{"id": 1}],
+        "annotations": [{"id": 1, "image_id": 1, "category_id": 1, "bbox": [0, 0, 9, 9], "area": 81, "iscrowd": 0}],
+    }  # fmt: skip
+    evaluator = CocoEvaluator(index_coco(truth), ["bbox"], backend)
+    box = {"scores": torch.tensor([0.9]), "labels": torch.tensor([1]), "boxes": torch.tensor([[0.0, 0, 9, 9]])}
+    evaluator.update({1: box})
+    evaluator.accumulate()
+    torch.save(evaluator.coco_eval["bbox"].eval, tmp_path / "eval.pth")
+    loaded = torch.load(tmp_path / "eval.pth", weights_only=False)
+    assert loaded["precision"].shape == (10, 101, 1, 4, 3) and len(loaded["params"].iouThrs) == 10

@@ -16,6 +16,7 @@ from datasets.shapes import generate
 from engine import evaluate
 from tests.helpers import parse
 from util.checkpoint import load_checkpoint
+from util.run import epoch_score
 
 pytestmark = pytest.mark.slow
 
@@ -30,7 +31,7 @@ def shapes(tmp_path_factory):
     return root
 
 
-def judged(truth, results, backend):
+def evaluated(truth, results, backend):
     evaluator = CocoEvaluator(truth, ["segm", "bbox"], backend)
     evaluator.update(results)
     evaluator.synchronize_between_processes()
@@ -52,7 +53,7 @@ def test_true_masks_score_1_and_worse_ones_less(shapes, backend, tmp_path):
         labels = torch.tensor([a["category_id"] for a in kept], dtype=torch.int64)
         results[image_id] = {"boxes": boxes, "labels": labels, "scores": torch.ones(len(kept))}
         results[image_id]["masks"] = torch.from_numpy(masks)
-    evaluator = judged(truth, results, backend)
+    evaluator = evaluated(truth, results, backend)
     assert evaluator.coco_eval["segm"].stats[0] == pytest.approx(1) == evaluator.coco_eval["bbox"].stats[0]
     evaluator.save_predictions(tmp_path)
     left = json.loads((tmp_path / "predictions_segm.json").read_text())
@@ -61,7 +62,7 @@ def test_true_masks_score_1_and_worse_ones_less(shapes, backend, tmp_path):
     for result in results.values():
         result["masks"] = result["masks"].clone()
         result["masks"][..., ::2] = 0  # every second column is lost: IoU is about a half
-    half = judged(truth, results, backend)
+    half = evaluated(truth, results, backend)
     assert half.coco_eval["segm"].stats[0] < 0.3 and half.coco_eval["bbox"].stats[0] == pytest.approx(1)
 
 
@@ -149,10 +150,10 @@ def test_instances_without_stuff_train_masks_too(shapes, tmp_path):
     assert not (tmp_path / "out/panoptic_eval").exists()
 
 
-def test_epochs_are_compared_by_the_widest_number_there_is():
+def test_epoch_score_is_pq_else_mask_ap_else_box_ap():
     log = {"test_coco_eval_bbox": [0.1], "test_coco_eval_masks": [0.2], "test_PQ_all": {"pq": 0.3}}
-    assert main.judged(log) == 0.3
+    assert epoch_score(log) == 0.3
     log.pop("test_PQ_all")
-    assert main.judged(log) == 0.2
+    assert epoch_score(log) == 0.2
     log.pop("test_coco_eval_masks")
-    assert main.judged(log) == 0.1 and main.judged({}) == -1
+    assert epoch_score(log) == 0.1 and epoch_score({}) == -1
