@@ -97,7 +97,7 @@ def test_one_copy_to_the_cpu_for_six_layers(monkeypatch):
 
 def test_get_loss_unknown_name_is_refused_with_the_known_ones():
     logits, boxes, targets = matching_scene()
-    with pytest.raises(ValueError, match="no loss 'colour': choose from boxes, cardinality, labels, masks"):
+    with pytest.raises(ValueError, match="no loss 'colour': choose from .*boxes.*labels"):
         criterion(["labels", "colour"])(outputs_of(logits, boxes), targets)
 
 
