@@ -1,15 +1,14 @@
-"""Measure speed and memory: forward pass, training step, losses, data loading, evaluation.
+"""Measure speed and memory: forward pass, training step, losses, data loading, prediction, evaluation.
 
 python tools/benchmark.py forward train criterion --peer transformers          # beside Hugging Face's DETR
 python tools/benchmark.py forward --batch 1 4 16 --precision float32 bf16 --compile --device cuda
 python tools/benchmark.py train --peer ../other-detr                           # another tree with DETR's contract
-python tools/benchmark.py masks --batch 1                                      # matched queries, beside all queries
 python tools/benchmark.py loader predict --coco_path /data/coco                # images per second
 python tools/benchmark.py index evaluator --coco_path /data/coco               # beside pycocotools
 
 The calls of both sides alternate, so that other load on the machine slows both. `s` is the median of --rounds
-measurements by torch.utils.benchmark.Timer, `spread` the distance of their quartiles, `peak_gb` the memory that a call
-needs on top of what was in use before it, `ratio` the peer's time divided by ours.
+measurements by torch.utils.benchmark.Timer, `peak_gb` (on a GPU) the most memory of a call, `ratio` the peer's time
+divided by ours. Another tree is measured in a process of its own, started anew in each round.
 """
 
 import argparse
@@ -20,31 +19,21 @@ import itertools
 import json
 import platform
 import statistics
+import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
-from PIL import Image
 from torch import Tensor
+from torch.utils.benchmark import Timer
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from tools.benchmark_network import (
-    AMP,
-    CALLS,
-    OBJECTS,
-    Clock,
-    Detr,
-    OtherTree,
-    Transformers,
-    autocast,
-    clock,
-    masks,
-    prepare,
-)
 
-# Other modules of this project are imported in functions: in the process of --peer FOLDER they are that folder's.
+# Modules of the project are imported in functions: with --tree they are another folder's.
+AMP = {"bf16": torch.bfloat16, "fp16": torch.float16}
+CLASSES, OBJECTS = 91, 7  # COCO's, and its mean number of objects in an image
 DETECTIONS = 100  # in an image, for `evaluator`
 LOADED = 32  # images in a call of `loader` and `predict`
 
@@ -54,8 +43,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     """Declare the flags."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("what", nargs="+", choices=(*CALLS, "masks", *DATA))
-    add("--models", nargs="+", default=["resnet50"], help="resnet18, 34, 50, 101; with -dc5 dilated")
+    add("what", nargs="+", choices=(*CALLS, *DATA))
+    add("--models", nargs="+", default=["resnet50"], help="ResNets; with -dc5 dilated")
     add("--batch", nargs="+", type=int, default=[1, 2], help="images in a batch")
     add("--size", nargs="+", type=lambda text: [int(side) for side in text.split("x")], default=[[800, 1066]],
         metavar="HxW", help="sizes of the images, taken in turn in a batch")
@@ -70,100 +59,248 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--coco_path", help="data in COCO's layout, for loader, predict, index and evaluator")
     add("--copies", type=int, default=1, help="for index and evaluator: repeat the annotations so many times")
     add("--output", type=Path, help="JSON file to write")
+    add("--tree", help=argparse.SUPPRESS)  # the folder whose modules are measured
     return parser
 
 
 # fmt: on
-def compare(clocks: list[Clock], rounds: int, peer: str = "peer") -> dict:
-    """Measure the sides in turn; return the figures of ours, and those of the peer if there is one."""
-    times = [[] for _ in clocks]
-    for _, ((measure, _), seconds) in itertools.product(range(rounds), list(zip(clocks, times, strict=True))):
-        seconds.append(measure())
-    row = {}
-    for prefix, seconds, (_, peak) in zip(("", f"{peer}_"), times, clocks, strict=False):
-        low, _, high = statistics.quantiles(seconds * 2, n=4)
-        row |= {f"{prefix}s": statistics.median(seconds), f"{prefix}spread": high - low, f"{prefix}peak_gb": peak}
-    return {**row, "ratio": row[f"{peer}_s"] / row["s"]} if len(clocks) == 2 else row
+class Detr:
+    """A tree with DETR's contract, built from flags: this one, or the folder at the front of sys.path."""
+
+    def __init__(self, setting: dict):
+        from main import get_args_parser as flags
+        from models import build_model
+
+        model, self.device = setting["model"], setting["device"]
+        words = ["--backbone", model.removesuffix("-dc5"), "--num_queries", str(setting["queries"])]
+        words += ["--device", self.device] + (["--dilation"] if model.endswith("-dc5") else [])
+        args = argparse.ArgumentParser(parents=[flags()]).parse_args(words)
+        args.backbone_weights = "none"
+        with contextlib.redirect_stdout(io.StringIO()):
+            self.model, self.criterion, _ = build_model(args)
+        self.model.to(self.device)
+
+    def inputs(self, images: list[Tensor]) -> dict:
+        """Convert normalised images [3, h, w] to the model's arguments."""
+        from util.misc import nested_tensor_from_tensor_list  # the address that every tree has
+
+        return {"samples": nested_tensor_from_tensor_list(images).to(self.device)}
+
+    def loss(self, inputs: dict, targets: list[dict]) -> Tensor:
+        """Run the model; return the weighted sum of the losses of all layers."""
+        return self.loss_of(self.model(**inputs), targets)
+
+    def loss_of(self, outputs: dict, targets: list[dict]) -> Tensor:
+        """Return the weighted sum of the losses for given outputs."""
+        losses, weights = self.criterion(outputs, targets), self.criterion.weight_dict
+        return sum(losses[name] * weight for name, weight in weights.items() if name in losses)
 
 
-def settings(what: str, options) -> Iterator[tuple[dict, dict]]:
-    """Yield (row, setting) for every combination of the flags: the columns that differ, and all that a side needs."""
-    common = {"what": what, **{name: getattr(options, name) for name in ("queries", "device", "size", "threads")}}
-    ways = (options.models, options.precision, (False, True) if options.compile else (False,), options.batch)
-    for values in itertools.product(*ways):
+class Transformers:
+    """Hugging Face's DETR of the same shape; layers 2 to 4 of its backbone train, as they do here."""
+
+    def __init__(self, setting: dict):
+        from transformers import DetrConfig, DetrForObjectDetection, ResNetConfig
+
+        depths = {"resnet50": [3, 4, 6, 3], "resnet101": [3, 4, 23, 3]}.get(setting["model"])
+        if depths is None:
+            raise SystemExit(f"--peer transformers has no {setting['model']}: choose resnet50 or resnet101")
+        backbone = ResNetConfig(depths=depths, out_features=["stage4"])
+        dropout = {"attention_dropout": 0.1, "activation_dropout": 0.1}  # the paper's; 0 by default there
+        shape = {"num_queries": setting["queries"], "num_labels": CLASSES, "auxiliary_loss": True}
+        self.device = setting["device"]
+        self.model = DetrForObjectDetection(DetrConfig(backbone_config=backbone, **shape, **dropout)).to(self.device)
+        for name, parameter in self.model.model.backbone.named_parameters():
+            parameter.requires_grad_(any(f"stages.{stage}" in name for stage in (1, 2, 3)))
+
+    def inputs(self, images: list[Tensor]) -> dict:
+        """Convert normalised images [3, h, w] to the model's arguments; the mask is 1 on the image."""
+        from util.misc import nested_tensor_from_tensor_list
+
+        pixels, padding = nested_tensor_from_tensor_list(images).to(self.device).decompose()
+        return {"pixel_values": pixels, "pixel_mask": (~padding).long()}
+
+    def loss(self, inputs: dict, targets: list[dict]) -> Tensor:
+        """Run the model; return the weighted sum of the losses of all layers."""
+        labels = [{"class_labels": target["labels"], "boxes": target["boxes"]} for target in targets]
+        return self.model(**inputs, labels=labels).loss
+
+
+def forward(one, setting: dict) -> Callable:
+    """Return a function that runs the model in evaluation mode."""
+    one.model.eval()
+    inputs = one.inputs(noise(setting))
+
+    def call():
+        with torch.no_grad(), autocast(setting):
+            one.model(**inputs)
+
+    return call
+
+
+def train(one, setting: dict) -> Callable:
+    """Return a function that makes one training step: forward, losses, backward, clipping, AdamW."""
+    one.model.train()
+    inputs, targets = one.inputs(noise(setting)), random_targets(setting)
+    optimizer = torch.optim.AdamW([p for p in one.model.parameters() if p.requires_grad], lr=1e-5, fused=True)
+
+    def call():
+        with autocast(setting):
+            loss = one.loss(inputs, targets)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(one.model.parameters(), 0.1)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return call
+
+
+def criterion(one, setting: dict) -> Callable:
+    """Return a function that computes matching and losses of six layers of random outputs, forward and backward."""
+    shape, targets = (6, setting["batch"], setting["queries"]), random_targets(setting)
+    logits = torch.randn(*shape, CLASSES + 1, device=setting["device"], requires_grad=True)
+    boxes = (torch.rand(*shape, 4, device=setting["device"]) * 0.5 + 0.2).requires_grad_()
+
+    def call():
+        layers = [{"pred_logits": a, "pred_boxes": b} for a, b in zip(logits, boxes, strict=True)]
+        one.loss_of({**layers[-1], "aux_outputs": layers[:-1]}, targets).backward()
+
+    return call
+
+
+CALLS = {"forward": forward, "train": train, "criterion": criterion}
+
+
+def noise(setting: dict) -> list[Tensor]:
+    """Make a batch of images [3, h, w] of random, normalised values."""
+    return [torch.randn(3, *size) for size in itertools.islice(itertools.cycle(setting["size"]), setting["batch"])]
+
+
+def random_targets(setting: dict) -> list[dict]:
+    """Make objects of random classes and boxes for a batch."""
+    shape, device = (setting["batch"], OBJECTS), setting["device"]
+    boxes = torch.cat([0.3 + 0.4 * torch.rand(*shape, 2), 0.1 + 0.3 * torch.rand(*shape, 2)], 2).to(device)
+    labels = torch.randint(1, CLASSES, shape).to(device)
+    return [{"boxes": b, "labels": c} for b, c in zip(boxes, labels, strict=True)]
+
+
+def autocast(setting: dict) -> torch.autocast:
+    """Return the context of a precision; TF32 is a global switch."""
+    precision = setting["precision"]
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision == "tf32"
+    return torch.autocast(torch.device(setting["device"]).type, dtype=AMP.get(precision), enabled=precision in AMP)
+
+
+def prepare(side: type, what: str, setting: dict) -> Callable[[], float]:
+    """Build a side's model and warm its call up; return a function that measures the seconds of a call."""
+    torch.manual_seed(0)
+    one = side(setting)
+    if setting["compiled"]:
+        import engine
+
+        torch._dynamo.reset()
+        engine.compile_network(one.model)
+    return clock(CALLS[what](one, setting), setting["threads"])
+
+
+def clock(call: Callable, threads: int) -> Callable[[], float]:
+    """Run a call once; return a function that measures its seconds, without what it prints."""
+    timer = Timer("call()", globals={"call": call}, num_threads=threads)
+
+    def measure() -> float:
+        with contextlib.redirect_stdout(io.StringIO()):
+            return timer.timeit(1).mean
+
+    measure()
+    return measure
+
+
+def other_tree(options, what: str, row: dict) -> Callable[[], float]:
+    """Return a function that measures a call of another tree, in a process of its own."""
+    sizes = [f"{height}x{width}" for height, width in options.size]
+    command = [sys.executable, __file__, what, "--tree", options.peer, "--rounds", "1", "--models", row["model"]]
+    command += ["--batch", row["batch"], "--precision", options.peer_precision or row["precision"], "--size", *sizes]
+    command += ["--queries", options.queries, "--device", options.device, "--threads", options.threads]
+
+    def measure() -> float:
+        with tempfile.TemporaryDirectory() as folder:
+            file = Path(folder) / "rows.json"
+            done = subprocess.run([*map(str, command), "--output", str(file)], stdout=subprocess.DEVNULL)
+            if done.returncode:
+                raise SystemExit(f"{options.peer}: the benchmark failed there")
+            return json.loads(file.read_text())["rows"][0]["s"]
+
+    return measure
+
+
+def compare(clocks: list[Callable[[], float]], rounds: int, peer: str = "peer") -> dict:
+    """Measure the sides in turn; return our time, and the peer's and the ratio if there is one."""
+    times = [[measure() for measure in clocks] for _ in range(rounds)]
+    seconds = [statistics.median(column) for column in zip(*times, strict=True)]
+    row = {"s": seconds[0]}
+    return row if len(clocks) == 1 else {**row, f"{peer}_s": seconds[1], "ratio": seconds[1] / seconds[0]}
+
+
+def measure_network(what: str, options) -> Iterator[dict]:
+    """Measure forward, train or criterion for every combination of the flags, beside the peer."""
+    compiled = (False, True) if options.compile else (False,)
+    common = {name: getattr(options, name) for name in ("queries", "device", "size", "threads")}
+    for values in itertools.product(options.models, options.precision, compiled, options.batch):
         row = dict(zip(("model", "precision", "compiled", "batch"), values, strict=True))
-        yield row, common | row
-
-
-def measure_network(what: str, options, peer) -> Iterator[dict]:
-    """Measure forward, train, criterion or masks, the first three beside the peer."""
-    for row, setting in settings(what, options):
-        if what == "masks":
-            one = Detr(setting, *"--masks --dataset_file coco_panoptic --frozen_weights none".split())
-            figures = compare([clock(masks(one, setting, every), setting) for every in (False, True)],
-                              options.rounds, "all_queries")  # fmt: skip
-        else:
-            theirs = setting | {"precision": options.peer_precision or row["precision"], "compiled": False}
-            sides = [(Detr, setting)] + ([(peer, theirs)] if peer else [])
-            figures = compare([prepare(*side) for side in sides], options.rounds)
+        clocks = [prepare(Detr, what, common | row)]
+        if options.peer == "transformers":
+            theirs = common | row | {"precision": options.peer_precision or row["precision"], "compiled": False}
+            clocks.append(prepare(Transformers, what, theirs))
+        elif options.peer:
+            clocks.append(other_tree(options, what, row))
+        if options.device.startswith("cuda"):
+            torch.cuda.reset_peak_memory_stats()
+            clocks[0]()
+            row["peak_gb"] = torch.cuda.max_memory_allocated() / 1e9
+        figures = compare(clocks, options.rounds)
         yield row | figures | {"images_per_s": row["batch"] / figures["s"]}
 
 
-def measure_loader(what: str, options, _) -> Iterator[dict]:
-    """Load images in batches of two in one thread, beside the common way: PIL and float tensors, with equal draws."""
-    import datasets.transforms as T
-    from datasets.coco import make_coco_transforms
-    from util.nested_tensor import collate_fn, nested_tensor_from_tensor_list
+def measure_loader(what: str, options) -> Iterator[dict]:
+    """Load images in batches of two in one thread."""
+    from util.nested_tensor import collate_fn
 
-    ours_only = (T.PILToTensor, T.ToTensor, T.Normalize, T.RelativeBoxes)
-    normalise = [T.ToTensor(), T.Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])]
     for part in ("train", "val"):
         data = dataset(part, options)
-        data.set_epoch(0)
-        files = [data.img_folder / name for name in data.index.file_names[:LOADED].tolist()]
-        pairs = [(i, i + 1) for i in range(0, len(files) - 1, 2)]
-        published = [step for step in make_coco_transforms(part).transforms if not isinstance(step, ours_only)]
-        common_transforms = T.Compose([*published, *normalise])
+        count = min(LOADED, len(data)) // 2 * 2
 
-        def common(i: int, files=files, data=data, transforms=common_transforms) -> Tensor:
-            with T.seeded(data.seed, 0, i):
-                return transforms(Image.open(files[i]).convert("RGB"), {"boxes": torch.rand(OBJECTS, 4)})[0]
+        def load(data=data, count=count):
+            return [collate_fn([data[i], data[i + 1]]) for i in range(0, count, 2)]
 
-        def load_ours(data=data, pairs=pairs):
-            return [collate_fn([data[i], data[j]]) for i, j in pairs]
-
-        def load_common(common=common, pairs=pairs):
-            return [nested_tensor_from_tensor_list([common(i), common(j)]) for i, j in pairs]
-
-        clocks = [clock(call, {"device": "cpu", "threads": 1}) for call in (load_ours, load_common)]
-        row = compare(clocks, options.rounds, "pil")
-        yield {"images": f"{2 * len(pairs)} {part}", **row, "images_per_s": 2 * len(pairs) / row["s"]}
+        row = compare([clock(load, 1)], options.rounds)
+        yield {"images": f"{count} {part}", **row, "images_per_s": count / row["s"]}
 
 
-def measure_predict(what: str, options, _) -> Iterator[dict]:
+def measure_predict(what: str, options) -> Iterator[dict]:
     """Go from image files to detections, by tools.predictor, at the shortest side of --size."""
     from models.detr import PostProcess
     from tools.predictor import Predictor
 
-    paths = dataset("val", options).img_folder
-    paths = sorted(paths.iterdir())[:LOADED]
-    for row, setting in settings(what, options):
-        model, amp = Detr(setting).model, row["precision"] if row["precision"] in AMP else None
-        predictor = Predictor(model, {"bbox": PostProcess()}, {}, min(options.size[0]), device=options.device, amp=amp)
-        autocast(setting)  # sets TF32
-        if row["compiled"]:
-            torch._dynamo.reset()
+    paths = sorted(dataset("val", options).img_folder.iterdir())[:LOADED]
+    for model, precision, batch in itertools.product(options.models, options.precision, options.batch):
+        network = Detr({"model": model, "queries": options.queries, "device": options.device}).model
+        amp = precision if precision in AMP else None
+        predictor = Predictor(
+            network, {"bbox": PostProcess()}, {}, min(options.size[0]), device=options.device, amp=amp
+        )
+        if options.compile:
             predictor.compile()
 
-        def predict(predictor=predictor, size=row["batch"]):
-            return [predictor.predict_batch(paths[i : i + size]) for i in range(0, len(paths), size)]
+        def predict(predictor=predictor, batch=batch):
+            return [predictor.predict_batch(paths[i : i + batch]) for i in range(0, len(paths), batch)]
 
-        figures = compare([clock(predict, setting)], options.rounds)
+        figures = compare([clock(predict, options.threads)], options.rounds)
+        row = {"model": model, "precision": precision, "compiled": options.compile, "batch": batch}
         yield row | figures | {"images_per_s": len(paths) / figures["s"]}
 
 
-def measure_index(what: str, options, _) -> Iterator[dict]:
-    """Read a training annotation file, beside pycocotools; `peak_gb` is what is needed while reading."""
+def measure_index(what: str, options) -> Iterator[dict]:
+    """Read a training annotation file, beside pycocotools."""
     from pycocotools.coco import COCO
 
     from datasets.coco_index import read_coco_index
@@ -171,34 +308,26 @@ def measure_index(what: str, options, _) -> Iterator[dict]:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "annotations.json"
         path.write_text(json.dumps(repeated(dataset("train", options).ann_file, options.copies)))
-        calls = [functools.partial(read, str(path)) for read in (read_coco_index, COCO)]
-        clocks = [clock(call, {"device": "cpu", "threads": 1}) for call in calls]
-        row = {"json_mb": path.stat().st_size / 1e6, **compare(clocks, options.rounds, "pycocotools")}
-    yield row
+        clocks = [clock(functools.partial(read, str(path)), 1) for read in (read_coco_index, COCO)]
+        yield {"json_mb": path.stat().st_size / 1e6, **compare(clocks, options.rounds, "pycocotools")}
 
 
-def measure_evaluator(what: str, options, _) -> Iterator[dict]:
+def measure_evaluator(what: str, options) -> Iterator[dict]:
     """Compute box AP of random detections near the validation objects, beside pycocotools."""
+    from datasets.coco import index_coco
     from datasets.coco_eval import CocoEvaluator
 
-    data = dataset("val", options)
-    content, stats = repeated(data.ann_file, options.copies), []
-    truth = data.coco.__class__()
-    truth.dataset = content
-    with contextlib.redirect_stdout(io.StringIO()):
-        truth.createIndex()
-    results = detections(truth)
+    truth = index_coco(repeated(dataset("val", options).ann_file, options.copies))
+    results, stats = detections(truth), []
 
     def evaluate(backend: str):
         evaluator = CocoEvaluator(truth, ["bbox"], backend)
         evaluator.update(results)
         evaluator.synchronize_between_processes()
         evaluator.accumulate()
-        evaluator.summarize()
-        stats.append(evaluator.coco_eval["bbox"].stats[:12].tolist())
+        stats.append(evaluator.summarize()["coco_eval_bbox"])
 
-    calls = [functools.partial(evaluate, backend) for backend in ("auto", "pycocotools")]
-    clocks = [clock(call, {"device": "cpu", "threads": options.threads}) for call in calls]
+    clocks = [clock(functools.partial(evaluate, backend), options.threads) for backend in ("auto", "pycocotools")]
     row = {"images": len(truth.imgs), **compare(clocks, options.rounds, "pycocotools")}
     yield row | {"largest_difference": max(abs(a - b) for a, b in zip(stats[0], stats[-1], strict=True))}
 
@@ -208,17 +337,15 @@ def detections(truth) -> dict[int, dict]:
     generator, results = torch.Generator().manual_seed(0), {}
     for image_id, objects in truth.imgToAnns.items():
         near = torch.randint(0, len(objects), (DETECTIONS,), generator=generator)
-        x, y, width, height = torch.tensor([annotation["bbox"] for annotation in objects])[near].T
-        x, y = (
-            start + side * torch.randn(DETECTIONS, generator=generator) / 10
-            for start, side in ((x, width), (y, height))
-        )
-        results[image_id] = {
-            "boxes": torch.stack([x, y, x + width, y + height], 1),
-            "labels": torch.tensor([annotation["category_id"] for annotation in objects])[near],
-            "scores": torch.rand(DETECTIONS, generator=generator),
-        }
+        boxes = torch.tensor([annotation["bbox"] for annotation in objects])[near]
+        start = boxes[:, :2] + boxes[:, 2:] * torch.randn(DETECTIONS, 2, generator=generator) / 10
+        labels = torch.tensor([annotation["category_id"] for annotation in objects])[near]
+        scores = torch.rand(DETECTIONS, generator=generator)
+        results[image_id] = {"boxes": torch.cat([start, start + boxes[:, 2:]], 1), "labels": labels, "scores": scores}
     return results
+
+
+DATA = {"loader": measure_loader, "predict": measure_predict, "index": measure_index, "evaluator": measure_evaluator}
 
 
 def dataset(part: str, options):
@@ -246,28 +373,26 @@ def repeated(path: Path, copies: int) -> dict:
 
 
 def machine(device: str) -> str:
-    """Name the hardware; of a CPU also whether it has AMX, which decides the speed of bf16."""
+    """Name the hardware; AMX and AVX-512 decide the speed of a CPU."""
     if device.startswith("cuda"):
         return torch.cuda.get_device_name()
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    amx = ", AMX" if any("amx_bf16" in line.split() for line in lines) else ""
-    return f"{names[0] if names else platform.machine()}{amx}"
-
-
-DATA = {"loader": measure_loader, "predict": measure_predict, "index": measure_index, "evaluator": measure_evaluator}
+    info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    amx = "AMX" if "amx_bf16" in info else "no AMX"
+    return f"{platform.machine()} CPU, {torch.backends.cpu.get_cpu_capability()}, {amx}"
 
 
 def main(argv: list[str] | None = None) -> list[dict]:
     """Measure, print a table for each subject, and return the rows."""
     options = get_args_parser().parse_args(argv)
-    peer = Transformers if options.peer == "transformers" else OtherTree(options.peer) if options.peer else None
+    if options.peer not in (None, "transformers") and not Path(options.peer, "main.py").is_file():
+        raise SystemExit(f"--peer {options.peer}: neither transformers nor a folder with a main.py in it")
+    if options.tree:
+        sys.path.insert(0, str(Path(options.tree).resolve()))
     torch.set_num_threads(options.threads)
     print(f"{machine(options.device)}, torch {torch.__version__}, {options.threads} threads")
     rows = []
     for what in options.what:
-        for i, row in enumerate(DATA.get(what, measure_network)(what, options, peer)):
+        for i, row in enumerate(DATA.get(what, measure_network)(what, options)):
             if i == 0:
                 print(f"\n{what}\n| {' | '.join(row)} |\n{'|---' * len(row)}|")
             cells = [f"{value:.3g}" if isinstance(value, float) else str(value) for value in row.values()]
