@@ -1,6 +1,5 @@
 """The reference's address of the utilities, for code written against DETR; nothing inside the project imports it."""
 
-import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
@@ -15,6 +14,7 @@ from util.dist import (
     save_on_master,
 )
 from util.logger import MetricLogger, SmoothedValue, configure_logging, set_verbose
+from util.metrics import accuracy
 from util.nested_tensor import NestedTensor, collate_fn, nested_tensor_from_tensor_list
 from util.project import get_sha
 
@@ -59,13 +59,3 @@ def _max_by_axis(the_list: list[list[int]]) -> list[int]:
 
 def _onnx_nested_tensor_from_tensor_list(tensor_list: list[Tensor]) -> NestedTensor:
     return nested_tensor_from_tensor_list(tensor_list)
-
-
-@torch.no_grad()
-def accuracy(output: Tensor, target: Tensor, topk: tuple[int, ...] = (1,)) -> list[Tensor]:
-    """Return, for each k, the percentage of rows of `output` [N, K] with `target` [N] among the k best; 0 if N is 0."""
-    if not len(target):
-        return [torch.zeros([], device=output.device) for _ in topk]
-    best = output.topk(max(topk), dim=1).indices
-    hits = best == target[:, None]
-    return [100 * hits[:, :k].any(dim=1).float().mean() for k in topk]
