@@ -5,11 +5,12 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from util.flags import with_defaults
 
 from models.position_encoding import build_position_encoding
 from models.resnet import FrozenBatchNorm2d, build_resnet
+from util.checkpoint import load_checkpoint
 from util.dist import is_main_process
+from util.flags import with_defaults
 from util.logger import logger
 from util.nested_tensor import NestedTensor
 
@@ -121,7 +122,7 @@ def load_backbone_weights(resnet: nn.Module, path: str) -> None:
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"backbone weights {path!r}: no such file; give a path, 'imagenet' or 'none'")
-    loaded = torch.load(path, map_location="cpu", weights_only=True)
+    loaded = load_checkpoint(path)["model"]
     own = resnet.state_dict()
     fits = {name: value for name, value in loaded.items() if name in own and own[name].shape == value.shape}
     for name in list(fits):

@@ -2,14 +2,18 @@ import argparse
 import os
 import subprocess
 import sys
+import types
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 from util import download
 from util.checkpoint import load_checkpoint, load_model, newest_checkpoint, save_checkpoint
+from util.plot_utils import plot_precision_recall
+from util.safe_load import load_file
 
 
 def test_save_then_load_gives_the_same_state(tmp_path):
@@ -117,6 +121,8 @@ def slow(url, target, digest):
     torch.save({"model": {}}, target)
 torch.hub.download_url_to_file = slow
 from util.checkpoint import load_checkpoint
+from util.plot_utils import plot_precision_recall
+from util.safe_load import load_file
 load_checkpoint("https://nowhere.example/weights.pth")
 """
 
@@ -245,3 +251,92 @@ def test_download_over_http_without_a_hash_warns(server, tmp_path, caplog):
     assert [record.args or record.message for record in caplog.records if "verified" in record.message] == [
         "http://host/x.pth: neither the connection nor the file can be verified (no https, no hash)"
     ]
+
+
+def foreign(module, name, *arguments):
+    """An object that pickles as a call of a class that this system may lack."""
+    kind = type(name, (), {"__reduce__": lambda self: (type(self), arguments)})
+    kind.__module__ = module
+    sys.modules.setdefault(module, types.ModuleType(module))
+    return kind
+
+
+@pytest.mark.parametrize("module", ["pathlib", "pathlib._local"])
+@pytest.mark.parametrize("name, parts, text", [
+    ("WindowsPath", ("C:\\", "runs"), "C:\\runs"), ("PosixPath", ("/", "runs"), "/runs"),
+])  # fmt: skip
+def test_load_checkpoint_with_paths_of_other_systems_gives_their_text(tmp_path, monkeypatch, module, name, parts, text):
+    kind = foreign(module, name, *parts)
+    monkeypatch.setattr(sys.modules[module], name, kind, raising=False)
+    torch.save({"model": {}, "args": argparse.Namespace(output_dir=kind())}, tmp_path / "x.pth")
+    monkeypatch.undo()
+    assert str(load_checkpoint(tmp_path / "x.pth")["args"].output_dir) == text
+
+
+def test_load_checkpoint_with_numpy_numbers_gives_their_values(tmp_path):
+    numbers = {
+        "ap": np.float64(0.42),
+        "epoch": np.int32(7),
+        "yes": np.bool_(True),
+        "curve": np.arange(6.0).reshape(2, 3),
+    }
+    swapped = np.arange(3, dtype=">i4")
+    torch.save({"model": {}, **numbers, "swapped": swapped}, tmp_path / "x.pth")
+    loaded = load_checkpoint(tmp_path / "x.pth")
+    assert (loaded["ap"], loaded["epoch"], loaded["yes"]) == (0.42, 7, True)
+    assert np.array_equal(loaded["curve"], numbers["curve"]) and np.array_equal(loaded["swapped"], swapped)
+
+
+@pytest.mark.parametrize("value", [np.array([object()]), np.array(["text"]), np.zeros(2, [("a", "O"), ("b", "i4")])])
+def test_load_checkpoint_with_numpy_objects_is_refused(tmp_path, value):
+    torch.save({"model": {}, "extra": value}, tmp_path / "x.pth")
+    with pytest.raises(ValueError, match=r"x.pth: (refused|not a readable)"):
+        load_checkpoint(tmp_path / "x.pth")
+
+
+@pytest.mark.parametrize("wrap", [
+    lambda state: state, lambda state: {"state_dict": state, "epoch": 3}, lambda state: {"model_state_dict": state},
+    lambda state: {"model": {f"module.{name}": value for name, value in state.items()}},
+    lambda state: {"model": {f"module._orig_mod.{name}": value for name, value in state.items()}},
+    lambda state: {f"_orig_mod.{name}": value for name, value in state.items()},
+])  # fmt: skip
+def test_load_checkpoint_in_the_spellings_of_other_programs_gives_the_models_names(tmp_path, wrap):
+    torch.save(wrap(nn.Linear(2, 3).state_dict()), tmp_path / "x.pth")
+    assert list(load_checkpoint(tmp_path / "x.pth")["model"]) == ["weight", "bias"]
+
+
+@pytest.mark.parametrize("content", [[1], None, {}, {"model": [1]}, {"model": None}, {"model": {"a": 1}},
+                                     {"model": {1: torch.ones(1)}}, {1: torch.ones(1)}, torch.ones(2)])  # fmt: skip
+def test_load_checkpoint_with_other_contents_is_refused(tmp_path, content):
+    torch.save(content, tmp_path / "x.pth")
+    with pytest.raises(ValueError, match="x.pth: (holds a|no entry 'model'|its entry 'model' is no state dict)"):
+        load_checkpoint(tmp_path / "x.pth")
+
+
+@pytest.mark.parametrize("content, words", [
+    (b"", "empty"), (b"\n <!DOCTYPE html>404", "a web page"), (b"version https://git-lfs.github.com/spec/v1", "LFS"),
+])  # fmt: skip
+@pytest.mark.parametrize("load", [load_checkpoint, load_file, lambda file: plot_precision_recall([file])])
+def test_files_that_are_no_checkpoint_are_named_for_what_they_are(tmp_path, content, words, load):
+    (tmp_path / "x.pth").write_bytes(content)
+    with pytest.raises(ValueError, match=f"x.pth: .*{words}"):
+        load(tmp_path / "x.pth")
+
+
+def test_reading_error_inside_torch_is_no_damage(tmp_path, monkeypatch):
+    save(tmp_path / "checkpoint0001.pth", 1)
+    save(tmp_path / "checkpoint.pth", 2)
+
+    def fail(*_, **__):
+        raise RuntimeError("PytorchStreamReader failed reading file data/0: file read failed")
+
+    monkeypatch.setattr(torch, "load", fail)
+    for load in (lambda: newest_checkpoint(tmp_path), lambda: load_checkpoint(tmp_path / "checkpoint.pth")):
+        with pytest.raises(OSError, match="cannot be read at the moment"):
+            load()
+
+
+def test_plot_of_a_file_without_curves_is_refused(tmp_path):
+    save(tmp_path / "x.pth", 1)
+    with pytest.raises(ValueError, match="x.pth: not precision curves"):
+        plot_precision_recall([tmp_path / "x.pth"])

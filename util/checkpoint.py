@@ -1,13 +1,9 @@
 """Checkpoint files: written atomically, read without running anything that is in them."""
 
-import argparse
-import errno
 import os
-import pickle
-import re
 import secrets
-import zipfile
-from pathlib import Path, PosixPath
+from numbers import Integral
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,9 +12,10 @@ from torch import Tensor
 from util.dist import from_main, is_main_process
 from util.download import download
 from util.logger import logger
+from util.safe_load import check_bits, first_line, read
 
-# Besides tensors and plain Python, DETR's files hold the flags, and those of cluster runs a path among them.
-ALLOWED = [argparse.Namespace, (PosixPath, "pathlib.PosixPath")]
+OTHER_NAMES = ("state_dict", "model_state_dict")  # of the entry `model`, in other programs
+PREFIXES = ("module.", "_orig_mod.", "model.")  # of the names in a model that is distributed, compiled or an attribute
 BEST = "checkpoint_best.pth"
 
 
@@ -38,7 +35,7 @@ def save_checkpoint(state: dict, *paths: str | Path) -> None:
             os.replace(draft, path)
         except (OSError, RuntimeError) as error:  # torch raises RuntimeError on a full disk
             raise OSError(
-                f"{path} could not be written ({_first_line(error)}); its previous contents are intact. "
+                f"{path} could not be written ({first_line(error)}); its previous contents are intact. "
                 "Free some space, or make the folder writable, and resume"
             ) from error
         finally:
@@ -46,10 +43,11 @@ def save_checkpoint(state: dict, *paths: str | Path) -> None:
 
 
 def load_checkpoint(path_or_url: str | Path) -> dict[str, Any]:
-    """Read a checkpoint onto the CPU. Only tensors, plain Python and an argparse Namespace are accepted from the file.
+    """Read a checkpoint onto the CPU as a dict with `model`, its state dict. Nothing in the file runs (`safe_load`).
 
-    A URL is downloaded once and cached. Raises FileNotFoundError; ValueError naming a file that is damaged, holds
-    anything else, or has no `model`; and OSError or MemoryError where the file cannot be read at the moment.
+    A URL is downloaded once and cached. Accepted too are a bare state dict, the entry `state_dict`, and names with the
+    prefixes of DistributedDataParallel and torch.compile. Raises FileNotFoundError; ValueError naming a file that is
+    damaged, or holds anything else; and OSError or MemoryError where the file cannot be read at the moment.
     """
     name = str(path_or_url)
     is_url = name.startswith(("http://", "https://"))
@@ -57,51 +55,40 @@ def load_checkpoint(path_or_url: str | Path) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"{name}: no such checkpoint")
     try:
-        _check_bits(path)
-        state = _read(path)
-        if not isinstance(state, dict) or "model" not in state:
-            raise ValueError("no entry 'model'; a checkpoint of this project or of DETR has one")
+        check_bits(path)
+        return as_checkpoint(read(path))
     except ValueError as error:
         if is_url:
             path.unlink(missing_ok=True)
             raise ValueError(f"{name}: {error}. Its cached copy {path} was removed: try again") from None
         raise ValueError(f"{name}: {error}") from None
-    return state
 
 
-def _check_bits(path: Path) -> None:
-    """Raise ValueError if a checksum in the file does not match: torch.load does not verify them."""
-    try:
-        if not zipfile.is_zipfile(path):  # a file of the format before PyTorch 1.6, or none at all
-            return
-        with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()
-    except Exception as error:
-        raise _reading_error(error, path) from None
-    if damaged:
-        raise ValueError(f"damaged: the checksum of {damaged} does not match. Take another checkpoint or copy")
+def as_checkpoint(state: Any) -> dict[str, Any]:
+    """Return the contents of a checkpoint file with the entry `model`, under the names of the bare model."""
+    if not isinstance(state, dict):
+        raise ValueError(f"holds a {type(state).__name__}; a checkpoint is a dict with an entry 'model'")
+    if "model" not in state:
+        if found := [name for name in OTHER_NAMES if isinstance(state.get(name), dict)]:
+            state = {**state, "model": state[found[0]]}
+        elif _is_state_dict(state):
+            state = {"model": state}
+        else:
+            raise ValueError("no entry 'model'; a checkpoint of this project or of DETR has one")
+    weights = state["model"]
+    if weights != {} and not _is_state_dict(weights):
+        raise ValueError("its entry 'model' is no state dict (names and tensors): save model.state_dict()")
+    while prefix := next((p for p in PREFIXES if weights and all(key.startswith(p) for key in weights)), None):
+        weights = {key.removeprefix(prefix): value for key, value in weights.items()}
+    return {**state, "model": weights}
 
 
-def _read(path: Path, mmap: bool = False) -> Any:
-    """Load a file with the allow-list; ValueError says what is wrong with its contents."""
-    try:
-        with torch.serialization.safe_globals(ALLOWED):
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-    except pickle.UnpicklingError as error:
-        match = re.search(r"GLOBAL ([\w.]+)", str(error))
-        what = match.group(1) if match else _first_line(error)
-        raise ValueError(f"refused, since it holds more than tensors and plain Python ({what})") from None
-    except Exception as error:  # damaged bytes can raise anything
-        raise _reading_error(error, path) from None
-
-
-def _reading_error(error: Exception, path: Path) -> Exception:
-    """Return the error to raise: ValueError if the contents are damaged, others if reading failed for now."""
-    if isinstance(error, MemoryError) or "allocate" in str(error):
-        return MemoryError(f"{path}: not enough memory to read it")
-    if isinstance(error, OSError) and error.errno != errno.EINVAL:  # EINVAL: an offset in the file points nowhere
-        return OSError(error.errno, f"{path} cannot be read at the moment: {error.strerror}")
-    return ValueError(f"not a readable checkpoint ({_first_line(error)})")
+def _is_state_dict(content: Any) -> bool:
+    return (
+        isinstance(content, dict)
+        and len(content) > 0
+        and all(isinstance(key, str) and isinstance(value, Tensor) for key, value in content.items())
+    )
 
 
 def not_finite(tensors: dict[str, Tensor]) -> list[str]:
@@ -143,8 +130,8 @@ def count_classes(model_state: dict) -> int | None:
 
 def position(state: dict) -> tuple[int, int]:
     """Return how far a checkpoint's training was: the epoch under way, and the images of it that were trained on."""
-    epoch = state.get("epoch")
-    return (epoch + 1 if isinstance(epoch, int) else 0), state.get("seen", 0)
+    epoch, seen = state.get("epoch"), state.get("seen")
+    return (int(epoch) + 1 if isinstance(epoch, Integral) else 0), (int(seen) if isinstance(seen, Integral) else 0)
 
 
 def positions(folder: str | Path) -> dict[Path, tuple[int, int]]:
@@ -155,9 +142,9 @@ def positions(folder: str | Path) -> dict[Path, tuple[int, int]]:
             continue
         try:
             try:
-                state = _read(path, mmap=True)
+                state = read(path, mmap=True)
             except ValueError:  # also files of the format before PyTorch 1.6, which cannot be mapped
-                state = _read(path)
+                state = read(path)
             found[path] = position(state)
         except (ValueError, AttributeError) as error:
             logger.warning(f"skipping {path}: {error}")
@@ -197,7 +184,3 @@ def load_resumed(resume: str, folder: str | Path) -> tuple[str, dict | None]:
     if name and not is_main_process():
         return name, load_checkpoint(name)
     return name, found[1] if found else None
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0].split(". ")[0] or type(error).__name__

@@ -6,11 +6,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-import torch
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
+from torch import Tensor
+
+from util.safe_load import load_file
 
 COCO_NUMBERS = "test_coco_eval_bbox"
+CURVES = ("precision", "scores", "recall_thresholds")  # what a file of `eval/` is drawn from
 
 
 def read_log(folder: str | Path, log_name: str = "log.txt") -> list[dict]:
@@ -96,6 +99,13 @@ def draw_curves(output_dir: str | Path) -> None:
     plt.close(figure)
 
 
+def _read_curves(file: Path) -> dict[str, Tensor]:
+    data = load_file(file)
+    if not isinstance(data, dict) or not all(isinstance(data.get(name), Tensor) for name in CURVES):
+        raise ValueError(f"{file}: not precision curves; give files of eval/, or eval.pth")
+    return data
+
+
 def plot_precision_recall(files: Sequence[str | Path], naming_scheme: str = "iter") -> tuple[Figure, np.ndarray]:
     """Draw precision and score over recall at IoU 0.5, from files of `eval/`; return (figure, axes).
 
@@ -106,7 +116,7 @@ def plot_precision_recall(files: Sequence[str | Path], naming_scheme: str = "ite
         raise ValueError(f"no naming scheme {naming_scheme!r}: choose iter or exp_id")
     figure, axes = plt.subplots(ncols=2, figsize=(12, 4))
     for file in map(Path, files):
-        data = torch.load(file, weights_only=True)
+        data = _read_curves(file)
         precision, scores = (data[name][0, :, :, 0, -1].numpy() for name in ("precision", "scores"))
         known = (precision > -1).all(0)  # -1 marks classes without objects
         name = file.stem if naming_scheme == "iter" else file.parents[1].name
