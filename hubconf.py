@@ -90,6 +90,8 @@ def _detector(backbone: str, dilation: bool, file: str, pretrained, num_classes:
 def _segmenter(
     backbone: str, dilation: bool, file: str, pretrained, num_classes: int, threshold: float, return_postprocessor: bool
 ):
+    if not 0 <= threshold <= 1:
+        raise ValueError(f"threshold={threshold}: segments are kept from this score on; give a number of 0 to 1")
     model = _make_detr(backbone, dilation, num_classes, mask=True)
     _load(model, file, pretrained)
     is_thing = {i: i <= LAST_THING for i in range(num_classes)}
@@ -98,6 +100,8 @@ def _segmenter(
 
 def _make_detr(backbone_name: str, dilation: bool = False, num_classes: int = 91, mask: bool = False) -> nn.Module:
     """Build DETR with 100 queries, or with `mask` DETRsegm; the weights are random."""
+    if num_classes < 1:
+        raise ValueError(f"num_classes={num_classes}: give the largest class id + 1, at least 1")
     # Weights "none": a checkpoint has the backbone's too, so nothing is downloaded only to be overwritten.
     body = Backbone(backbone_name, train_backbone=True, return_interm_layers=mask, dilation=dilation, weights="none")
     transformer = Transformer(d_model=256, return_intermediate_dec=True)

@@ -26,11 +26,11 @@ from datasets.loaders import build_train_loader, build_val_loader
 from engine import allow_tf32, compile_network, evaluate, train_one_epoch
 from models import build_model
 from models.denoising import build_denoising
-from models.position_encoding import POSITION_EMBEDDINGS
+from models.position_encoding import LEARNED_CELLS, POSITION_EMBEDDINGS
 from util.checkpoint import count_classes, load_checkpoint, load_model, load_resumed, position, save_checkpoint
 from util.dist import ProcessInfo, broadcast_buffers, distribute, is_main_process, pick_device, process_group
 from util.finetune import finetune
-from util.flags import with_defaults
+from util.flags import check_numbers, with_defaults
 from util.logger import configure_logging, logger
 from util.optim import build_lr_scheduler, build_optimizer
 from util.output_dir import files_to_replace, locked
@@ -38,6 +38,15 @@ from util.project import get_sha
 from util.run import Run, changed_flags
 
 FLAGS_WITHOUT_WEIGHTS = ("dilation", "nheads", "pre_norm")  # they change the network, but no weight's shape
+AT_LEAST = dict.fromkeys((  # the least value of each flag that is a number; dropout is below 1 besides
+    "lr", "lr_backbone", "weight_decay", "clip_max_norm", "enc_layers", "dropout", "ema_decay", "denoising_groups", "warmup_steps", "start_epoch", "save_every_steps",
+    "num_workers", "seed", "shapes_seed", "eos_coef", "set_cost_class", "set_cost_bbox", "set_cost_giou",
+    "mask_loss_coef", "dice_loss_coef", "bbox_loss_coef", "giou_loss_coef",
+), 0) | dict.fromkeys((
+    "batch_size", "epochs", "lr_drop", "accum_steps", "dec_layers", "dim_feedforward", "hidden_dim", "nheads",
+    "num_queries", "num_classes", "min_size", "max_size", "shapes_train", "shapes_val", "shapes_size",
+    "shapes_classes", "eval_every", "print_freq", "world_size",
+), 1)  # fmt: skip
 
 
 # fmt: off
@@ -171,28 +180,21 @@ def _group(parser: argparse.ArgumentParser, title: str):
 
 def check_flags(args) -> None:
     """Raise ValueError for values, and combinations of them, that make no sense."""
+    check_numbers(vars(args), AT_LEAST)
+    stride = 4 if args.masks else 16 if args.dilation else 32  # of the finest features that have positions
     refusals = [
         (args.frozen_weights and not args.masks, "--frozen_weights trains a mask head on a frozen model: add --masks"),
-        (args.nheads < 1 or args.hidden_dim % args.nheads,
-            f"--hidden_dim {args.hidden_dim} cannot be split into --nheads {args.nheads}"),
-        (min(args.enc_layers, args.start_epoch) < 0, "--enc_layers and --start_epoch: 0 or more"),
-        (min(args.lr, args.lr_backbone, args.eos_coef) < 0, "--lr, --lr_backbone and --eos_coef: 0 or more"),
-        (args.min_size < 1, f"--min_size {args.min_size}: at least 1"),
-        (args.print_freq < 1, f"--print_freq {args.print_freq}: at least 1"),
-        (args.num_classes is not None and args.num_classes < 1, f"--num_classes {args.num_classes}: at least 1"),
+        (args.hidden_dim % args.nheads, f"--hidden_dim {args.hidden_dim} cannot be split into --nheads {args.nheads}"),
         (args.hidden_dim % 4, f"--hidden_dim {args.hidden_dim}: positions need a multiple of 4"),
-        (not 0 <= args.dropout < 1, f"--dropout {args.dropout}: at least 0, and below 1"),
-        (args.num_queries < 1, f"--num_queries {args.num_queries}: at least 1"),
-        (args.dec_layers < 1, f"--dec_layers {args.dec_layers}: at least 1"),
-        (args.batch_size < 1, f"--batch_size {args.batch_size}: at least 1"),
-        (args.accum_steps < 1, f"--accum_steps {args.accum_steps}: at least 1"),
-        (args.eval_every < 1, f"--eval_every {args.eval_every}: at least 1"),
-        (args.save_every_steps < 0, f"--save_every_steps {args.save_every_steps}: 0 or more"),
-        (args.lr_drop < 1, f"--lr_drop {args.lr_drop}: at least 1"),
-        (min(args.denoising_groups, args.warmup_steps) < 0, "--denoising_groups and --warmup_steps: 0 or more"),
+        (args.dropout >= 1, f"--dropout {args.dropout}: give less than 1"),
+        (args.ema_decay >= 1, f"--ema_decay {args.ema_decay}: give less than 1"),
         (args.denoising_groups and args.masks, "--denoising_groups train boxes: leave out --masks"),
-        (not 0 <= args.ema_decay < 1, f"--ema_decay {args.ema_decay}: at least 0, and below 1"),
         (args.max_size < args.min_size, f"--max_size {args.max_size} is below --min_size {args.min_size}"),
+        (args.position_embedding == "learned" and args.max_size > stride * LEARNED_CELLS,
+            f"--max_size {args.max_size}: learned positions cover {LEARNED_CELLS} cells of {stride} pixels; give "
+            f"{stride * LEARNED_CELLS} or less, or --position_embedding sine"),
+        (not args.eval and args.start_epoch >= args.epochs,
+            f"--start_epoch {args.start_epoch} of --epochs {args.epochs}: nothing would be trained; give more epochs"),
         (args.resume == "auto" and not args.output_dir, "--resume auto looks in --output_dir: give one"),
         (args.finetune and args.resume not in ("", "auto"), "--finetune starts a run, --resume continues: choose one"),
         (args.finetune and args.frozen_weights, "--finetune and --frozen_weights both give weights: choose one"),

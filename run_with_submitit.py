@@ -12,6 +12,9 @@ import uuid
 from pathlib import Path
 
 import main as detr
+from util.flags import check_numbers
+
+AT_LEAST = {"ngpus": 1, "nodes": 1, "timeout": 1, "mem_gb": 1, "cpus_per_task": 1, "signal_delay": 0}
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -87,6 +90,7 @@ def main(args: argparse.Namespace | None = None) -> None:
     import submitit
 
     args = args or parse_args()
+    check_numbers(vars(args), AT_LEAST)
     detr.check_flags(args)
     if args.output_dir:
         raise ValueError(f"--output_dir {args.output_dir}: a job's output goes to --job_dir")

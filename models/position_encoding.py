@@ -7,6 +7,8 @@ from torch import Tensor, nn
 
 from util.nested_tensor import NestedTensor
 
+LEARNED_CELLS = 50  # rows, and columns, that have a learned position
+
 
 class PositionEmbeddingSine(nn.Module):
     """Fixed sines of y and x (Vaswani et al. 2017, extended to two dimensions).
@@ -52,8 +54,8 @@ class PositionEmbeddingLearned(nn.Module):
 
     def __init__(self, num_pos_feats: int = 256):
         super().__init__()
-        self.row_embed = nn.Embedding(50, num_pos_feats)
-        self.col_embed = nn.Embedding(50, num_pos_feats)
+        self.row_embed = nn.Embedding(LEARNED_CELLS, num_pos_feats)
+        self.col_embed = nn.Embedding(LEARNED_CELLS, num_pos_feats)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -64,9 +66,10 @@ class PositionEmbeddingLearned(nn.Module):
     def forward(self, tensor_list: NestedTensor) -> Tensor:
         """Features [B, C, h, w] -> [B, 2 * num_pos_feats, h, w]. ValueError if h or w is more than 50."""
         batch, h, w = tensor_list.tensors.shape[0], tensor_list.tensors.shape[2], tensor_list.tensors.shape[3]
-        if h > 50 or w > 50:
+        cells = self.row_embed.weight.shape[0]
+        if max(h, w) > cells:
             raise ValueError(
-                f"learned positions cover 50 x 50 cells, not {h} x {w}: use smaller images or sine positions"
+                f"learned positions cover {cells} x {cells} cells, not {h} x {w}: use smaller images or sine positions"
             )
         columns = self.col_embed.weight[:w].unsqueeze(0).expand(h, -1, -1)
         rows = self.row_embed.weight[:h].unsqueeze(1).expand(-1, w, -1)

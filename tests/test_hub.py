@@ -143,3 +143,16 @@ def test_each_name_asks_for_its_own_file(name, monkeypatch):
     assert asked == [PUBLISHED[name]] and getattr(read_out, "threshold", 0.85) == 0.85
     trained = [name for name, p in model.named_parameters() if "body" in name and p.requires_grad]
     assert {name.split(".body.")[1].split(".")[0] for name in trained} == {"layer2", "layer3", "layer4"}
+
+
+@pytest.mark.parametrize("name", ["detr_resnet50", "detr_resnet50_panoptic"])
+@pytest.mark.parametrize("classes", [0, -1])
+def test_numbers_of_classes_below_one_are_refused(name, classes):
+    with pytest.raises(ValueError, match=f"num_classes={classes}: .*at least 1"):
+        getattr(hubconf, name)(num_classes=classes)
+
+
+@pytest.mark.parametrize("threshold", [float("nan"), -0.1, 1.5])
+def test_thresholds_that_are_no_score_are_refused(threshold):
+    with pytest.raises(ValueError, match=f"threshold={threshold}"):
+        hubconf.detr_resnet50_panoptic(threshold=threshold)

@@ -14,6 +14,7 @@ import torch
 
 import engine
 import main
+import run_with_submitit
 from tests.helpers import TINY, loader_of, parse
 from util.interruption import SIGNALS, Interruption
 
@@ -39,17 +40,43 @@ def test_every_flag_is_explained_and_names_are_told_in_the_help():
 
 
 @pytest.mark.parametrize("flags, words", [
-    ("--frozen_weights x.pth", "add --masks"), ("--nheads 5", "--nheads 5"), ("--accum_steps 0", "--accum_steps 0"),
+    ("--frozen_weights x.pth", "add --masks"), ("--nheads 5", "--nheads 5"), ("--device gpu", "--device gpu"),
     ("--resume auto", "--output_dir"), ("--min_size 900 --max_size 800", "--max_size 800"),
-    ("--hidden_dim 34 --nheads 2", "multiple of 4"), ("--batch_size 0", "--batch_size"), ("--num_queries 0", "queries"),
-    ("--dropout 1", "--dropout"), ("--nheads 0", "--nheads 0"), ("--min_size 0", "--min_size 0"), ("--lr -1", "--lr"),
-    ("--print_freq 0", "--print_freq 0"), ("--num_classes -3", "--num_classes -3"), ("--start_epoch -2", "start_epoch"),
-    ("--eval --masks --frozen_weights x.pth", "give --resume"),
-    ("--backbone_norm batch --lr_backbone 0", "lr_backbone"), ("--eval_every 0", "--eval_every"),
+    ("--hidden_dim 34 --nheads 2", "multiple of 4"), ("--dropout 1", "--dropout 1.0: give less than 1"),
+    ("--eval --masks --frozen_weights x.pth", "give --resume"), ("--epochs 3 --start_epoch 3", "--start_epoch 3"),
+    ("--backbone_norm batch --lr_backbone 0", "lr_backbone"),
+    ("--position_embedding learned --max_size 1601", "--max_size 1601: learned .* 32 pixels; give 1600 or less"),
+    ("--position_embedding learned --max_size 801 --dilation", "give 800 or less"),
+    ("--position_embedding learned --max_size 201 --masks", "give 200 or less"),
 ])  # fmt: skip
 def test_contradictions_are_refused_in_a_sentence(flags, words):
     with pytest.raises(ValueError, match=words):
         run(flags)
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "-1"])
+@pytest.mark.parametrize("parse_flags, check", [
+    (parse, main.check_flags),
+    (lambda text: run_with_submitit.parse_args(text.split()), run_with_submitit.main),
+], ids=["main", "submitit"])  # fmt: skip
+def test_numbers_that_no_flag_takes_are_refused_by_name_and_value(parse_flags, check, value):
+    numbers = {name: type(number) for name, number in vars(parse_flags("")).items() if type(number) in (int, float)}
+    numbers |= {"num_classes": int, **({"mem_gb": int} if check is run_with_submitit.main else {})}
+    for name, kind in numbers.items():
+        if kind is float or value == "-1":
+            with pytest.raises(ValueError, match=rf"--{name} {value}(\.0)?: give "):
+                check(parse_flags(f"--{name} {value}"))
+
+
+@pytest.mark.parametrize("flag", ["epochs", "batch_size", "print_freq", "num_classes", "min_size", "nheads", "lr_drop"])
+def test_zero_is_refused_where_it_makes_no_sense(flag):
+    with pytest.raises(ValueError, match=f"--{flag} 0: give 1 or more"):
+        main.check_flags(parse(f"--{flag} 0"))
+
+
+def test_learned_positions_that_just_fit_are_accepted():
+    for flags in ("--max_size 1600", "--max_size 800 --dilation", "--max_size 200 --masks"):
+        main.check_flags(parse(f"--position_embedding learned {flags}"))
 
 
 def log_of(folder):

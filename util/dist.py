@@ -61,7 +61,7 @@ def init_distributed_mode(device: str = "cuda", dist_url: str = "env://") -> Pro
     """
     info = process_info_from_environment()
     if info.distributed:
-        on_gpu = torch.device(device).type == "cuda"
+        on_gpu = _device(device).type == "cuda"
         if on_gpu:
             torch.cuda.set_device(info.local_rank)
         if "MASTER_ADDR" not in os.environ and "SLURM_JOB_ID" in os.environ:
@@ -200,10 +200,19 @@ def distribute(model: nn.Module, processes: ProcessInfo, device: torch.device) -
 
 def pick_device(name: str, local_rank: int = 0) -> torch.device:
     """Return the device of the flag: this process's own GPU, or the CPU (with a log line) on a machine without one."""
-    device = torch.device(name)
+    device = _device(name)
     if device.type == "cuda" and not torch.cuda.is_available():
         logger.info(f"no GPU here: --device {name} becomes cpu")
         return torch.device("cpu")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"--device {name}: this machine has {torch.cuda.device_count()} GPUs, numbered from 0")
     if device.type == "cuda" and device.index is None:
         return torch.device("cuda", local_rank)
     return device
+
+
+def _device(name: str) -> torch.device:
+    try:
+        return torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"--device {name}: no such device; give cuda, cuda:1 or cpu, for example") from None
