@@ -33,14 +33,14 @@ from util.finetune import finetune
 from util.flags import check_numbers, with_defaults
 from util.logger import configure_logging, logger
 from util.optim import build_lr_scheduler, build_optimizer
+from util.origin import check_origin
 from util.output_dir import files_to_replace, locked
 from util.project import get_sha
-from util.run import Run, changed_flags
+from util.run import Run
 
-FLAGS_WITHOUT_WEIGHTS = ("dilation", "nheads", "pre_norm")  # they change the network, but no weight's shape
 AT_LEAST = dict.fromkeys((  # the least value of each flag that is a number; dropout is below 1 besides
-    "lr", "lr_backbone", "weight_decay", "clip_max_norm", "enc_layers", "dropout", "ema_decay", "denoising_groups", "warmup_steps", "start_epoch", "save_every_steps",
-    "num_workers", "seed", "shapes_seed", "eos_coef", "set_cost_class", "set_cost_bbox", "set_cost_giou",
+    "lr", "lr_backbone", "weight_decay", "clip_max_norm", "enc_layers", "dropout", "ema_decay",
+    "denoising_groups", "warmup_steps", "start_epoch", "save_every_steps", "num_workers", "seed", "shapes_seed", "eos_coef", "set_cost_class", "set_cost_bbox", "set_cost_giou",
     "mask_loss_coef", "dice_loss_coef", "bbox_loss_coef", "giou_loss_coef",
 ), 0) | dict.fromkeys((
     "batch_size", "epochs", "lr_drop", "accum_steps", "dec_layers", "dim_feedforward", "hidden_dim", "nheads",
@@ -231,7 +231,8 @@ def run_process(args, processes: ProcessInfo) -> None:
     args = _changed(args, num_classes=num_classes, thing_classes=getattr(val_set, "thing_classes", None))
     val_loader = build_val_loader(val_set, args, device)
     base_ds = get_coco_api_from_dataset(val_set) if is_main_process() else None
-    model, criterion, postprocessors = build_parts(args, device, checkpoint, name)
+    names = (train_set or val_set).class_names
+    model, criterion, postprocessors = build_parts(args, device, checkpoint, name, names)
     evaluation = (criterion, postprocessors, val_loader, base_ds, device, args.output_dir)
     options = {"amp": args.amp, "coco_backend": args.coco_eval, "print_freq": args.print_freq}
     if args.eval:
@@ -291,24 +292,31 @@ def build_datasets(args, checkpoint: dict | None) -> tuple[Dataset | None, Datas
     return train_set, val_set, num_classes or val_set.num_classes
 
 
-def build_parts(args, device: torch.device, checkpoint: dict | None = None, name: str = "") -> tuple:
-    """Build model, criterion and post-processors on the device, with the weights of a checkpoint called `name`."""
+def build_parts(
+    args, device: torch.device, checkpoint: dict | None = None, name: str = "", class_names: dict | None = None
+) -> tuple:
+    """Build model, criterion and post-processors on the device, with the weights of a checkpoint called `name`.
+
+    Differences between the run that the weights are from and this one, or its data's `class_names`, are logged.
+    """
     # When resuming, --finetune and --frozen_weights are ignored: the checkpoint has all weights.
-    source = args.finetune or args.frozen_weights
-    origin = load_checkpoint(source) if source and not checkpoint else None
+    origin, source = checkpoint, args.finetune or args.frozen_weights
+    if source and not checkpoint:
+        origin, name = load_checkpoint(source), source
     # A checkpoint has the backbone too: ImageNet's need not be downloaded.
-    weights = "none" if checkpoint or origin else args.backbone_weights
+    weights = "none" if origin else args.backbone_weights
     model, criterion, postprocessors = build_model(_changed(args, backbone_weights=weights, device=str(device)))
+    starts = bool(args.finetune and not checkpoint)
+    if origin:
+        check_origin(vars(args), origin, name, class_names or {}, starts)
     if checkpoint:
         load_model(model, checkpoint, name)
         logger.info(f"weights from {name}")
-        if other := changed_flags(vars(args), checkpoint, FLAGS_WITHOUT_WEIGHTS):
-            logger.warning(f"{name} was trained as another network: {', '.join(other.values())}")
-    elif args.finetune:
-        logger.info("\n  ".join(finetune(model, origin["model"], args.finetune)))
-    elif args.frozen_weights:
-        load_model(model.detr, origin, args.frozen_weights)
-        logger.info(f"detector from {args.frozen_weights}, frozen: only the mask head trains")
+    elif starts:
+        logger.info("\n  ".join(finetune(model, origin["model"], name)))
+    elif origin:
+        load_model(model.detr, origin, name)
+        logger.info(f"detector from {name}, frozen: only the mask head trains")
     elif args.eval:
         logger.warning("evaluating a model that was never trained: --resume names its checkpoint")
     model.to(device)

@@ -2,7 +2,7 @@
 
 import platform
 import warnings
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +16,7 @@ from util.checkpoint import BEST, not_finite, position, save_checkpoint
 from util.dist import all_gather, from_main, get_rank, get_world_size, is_main_process
 from util.interruption import Interruption
 from util.logger import MetricLogger, logger, merge_sums
+from util.origin import changed_flags
 from util.output_dir import append_row, truncate_log
 from util.plot_utils import draw_curves
 from util.random_state import random_state, restore_random_state
@@ -228,7 +229,7 @@ class Run:
         except Exception as error:  # must not hide the first one
             logger.warning(f"nothing could be saved after an error: {error}")
 
-    def _write(self, processes: list[dict], names: Collection[str]) -> None:
+    def _write(self, processes: list[dict], names: Sequence[str]) -> None:
         weights = self.evaluated_model.state_dict()
         if broken := not_finite(weights):
             raise FloatingPointError(
@@ -253,17 +254,6 @@ class Run:
         if self.training_only:
             state["training_only"] = self.training_only.state_dict()
         save_checkpoint(state, *(self.output_dir / name for name in names))
-
-
-def changed_flags(flags: dict, state: dict, names: Collection[str]) -> dict[str, str]:
-    """Return, for each of the flags `names` that differs from a checkpoint's, a text with both values."""
-    saved = state.get("args", {})
-    saved = saved if isinstance(saved, dict) else vars(saved)
-    return {
-        name: f"--{name} {saved[name]} -> {value}"
-        for name, value in flags.items()
-        if name in names and name in saved and saved[name] != value
-    }
 
 
 def epoch_score(row: dict) -> float:
