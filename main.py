@@ -34,22 +34,23 @@ from util.flags import check_numbers, with_defaults
 from util.logger import configure_logging, logger
 from util.optim import build_lr_scheduler, build_optimizer
 from util.origin import check_origin
-from util.output_dir import files_to_replace, locked
+from util.output_dir import files_to_replace, locked, make_folder
 from util.project import get_sha
 from util.run import Run
 
-AT_LEAST = dict.fromkeys((  # the least value of each flag that is a number; dropout is below 1 besides
-    "lr", "lr_backbone", "weight_decay", "clip_max_norm", "enc_layers", "dropout", "ema_decay",
-    "denoising_groups", "warmup_steps", "start_epoch", "save_every_steps", "num_workers", "seed", "shapes_seed", "eos_coef", "set_cost_class", "set_cost_bbox", "set_cost_giou",
+# fmt: off
+AT_LEAST = dict.fromkeys((  # the least value of each flag that is a number; dropout and ema_decay are below 1 besides
+    "lr", "lr_backbone", "weight_decay", "clip_max_norm", "enc_layers", "dropout", "ema_decay", "denoising_groups",
+    "warmup_steps", "start_epoch", "save_every_steps", "num_workers", "seed", "shapes_seed", "eos_coef",
+    "set_cost_class", "set_cost_bbox", "set_cost_giou",
     "mask_loss_coef", "dice_loss_coef", "bbox_loss_coef", "giou_loss_coef",
 ), 0) | dict.fromkeys((
     "batch_size", "epochs", "lr_drop", "accum_steps", "dec_layers", "dim_feedforward", "hidden_dim", "nheads",
     "num_queries", "num_classes", "min_size", "max_size", "shapes_train", "shapes_val", "shapes_size",
     "shapes_classes", "eval_every", "print_freq", "world_size",
-), 1)  # fmt: skip
+), 1)
 
 
-# fmt: off
 def get_args_parser() -> argparse.ArgumentParser:
     """Declare every flag. The defaults are the published recipe."""
     new = {**models.NEW_FLAGS, **datasets.NEW_FLAGS}
@@ -201,6 +202,8 @@ def check_flags(args) -> None:
         (args.finetune and args.eval, "--finetune is for training; --eval takes a whole model: use --resume"),
         (args.eval and args.frozen_weights and not args.resume, "--eval takes a whole model: give --resume"),
         (args.backbone_norm == "batch" and not args.lr_backbone, "--backbone_norm batch trains: --lr_backbone is 0"),
+        (args.masks and (args.hidden_dim % 128 or args.nheads % 8),
+            f"--masks with --hidden_dim {args.hidden_dim} and --nheads {args.nheads}: give multiples of 128 and of 8"),
     ]  # fmt: skip
     for wrong, why in refusals:
         if wrong:
@@ -273,8 +276,8 @@ def set_up(args, processes: ProcessInfo) -> torch.device:
     logger.info(get_sha())
     logger.info(args)
     torch.manual_seed(args.seed + processes.rank)
-    if args.output_dir:
-        Path(args.output_dir).mkdir(parents=True, exist_ok=True)
+    if args.output_dir and processes.rank == 0:
+        make_folder(args.output_dir)
     return device
 
 

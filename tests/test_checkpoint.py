@@ -1,5 +1,6 @@
 import argparse
 import os
+import signal
 import subprocess
 import sys
 import types
@@ -340,3 +341,41 @@ def test_plot_of_a_file_without_curves_is_refused(tmp_path):
     save(tmp_path / "x.pth", 1)
     with pytest.raises(ValueError, match="x.pth: not precision curves"):
         plot_precision_recall([tmp_path / "x.pth"])
+
+
+PARTIAL = """
+import os, signal, sys, time, torch
+from pathlib import Path
+def slow(url, target, digest):
+    partial = Path(f"{target}.0123.partial")
+    try:
+        partial.write_text("x")
+        os.kill(os.getpid(), int(sys.argv[1]))
+        time.sleep(20)
+    finally:
+        partial.unlink()
+torch.hub.download_url_to_file = slow
+from util.checkpoint import load_checkpoint
+load_checkpoint("https://nowhere.example/weights.pth")
+"""
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP", "SIGINT", "SIGUSR1", "SIGKILL"])
+def test_download_that_a_signal_ends_leaves_nothing_partial(tmp_path, name):
+    env = os.environ | {"TORCH_HOME": str(tmp_path)}
+    number = getattr(signal, name)
+    done = subprocess.run([sys.executable, "-c", PARTIAL, str(int(number))], env=env, capture_output=True)
+    assert done.returncode != 0
+    left = [path.name for path in (tmp_path / "hub" / "checkpoints").iterdir() if path.name.endswith(".partial")]
+    assert len(left) == (name == "SIGKILL")
+
+
+def test_download_removes_what_a_killed_one_left(server, tmp_path):
+    torch.save({"model": {}}, tmp_path / "x.pth")
+    server["https://host/x.pth"] = (tmp_path / "x.pth").read_bytes()
+    target = Path(download.download("https://host/x.pth"))
+    target.unlink()
+    for name in (f"{target.name}.0123.partial", "other.pth.0123.partial"):
+        (target.parent / name).touch()
+    download.download("https://host/x.pth")
+    assert [path.name for path in target.parent.glob("*.partial")] == ["other.pth.0123.partial"]

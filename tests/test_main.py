@@ -44,10 +44,10 @@ def test_every_flag_is_explained_and_names_are_told_in_the_help():
     ("--resume auto", "--output_dir"), ("--min_size 900 --max_size 800", "--max_size 800"),
     ("--hidden_dim 34 --nheads 2", "multiple of 4"), ("--dropout 1", "--dropout 1.0: give less than 1"),
     ("--eval --masks --frozen_weights x.pth", "give --resume"), ("--epochs 3 --start_epoch 3", "--start_epoch 3"),
-    ("--backbone_norm batch --lr_backbone 0", "lr_backbone"),
+    ("--backbone_norm batch --lr_backbone 0", "lr_backbone"), ("--masks", "--masks with --hidden_dim 32"),
     ("--position_embedding learned --max_size 1601", "--max_size 1601: learned .* 32 pixels; give 1600 or less"),
     ("--position_embedding learned --max_size 801 --dilation", "give 800 or less"),
-    ("--position_embedding learned --max_size 201 --masks", "give 200 or less"),
+    ("--position_embedding learned --max_size 201 --masks --hidden_dim 128 --nheads 8", "give 200 or less"),
 ])  # fmt: skip
 def test_contradictions_are_refused_in_a_sentence(flags, words):
     with pytest.raises(ValueError, match=words):
@@ -75,7 +75,7 @@ def test_zero_is_refused_where_it_makes_no_sense(flag):
 
 
 def test_learned_positions_that_just_fit_are_accepted():
-    for flags in ("--max_size 1600", "--max_size 800 --dilation", "--max_size 200 --masks"):
+    for flags in ("--max_size 1600", "--max_size 800 --dilation", "--max_size 200 --masks --hidden_dim 128 --nheads 8"):
         main.check_flags(parse(f"--position_embedding learned {flags}"))
 
 
@@ -535,3 +535,24 @@ def test_signals_that_are_ignored_stay_ignored():
         signal.raise_signal(signal.SIGUSR1)
         assert interruption.received == signal.SIGUSR1
     signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.parametrize("change", [
+    {"epoch": "3"}, {"epoch": None}, {"optimizer": []}, {"optimizer": {}}, {"optimizer": None}, {"processes": [1]},
+    {"processes": [{"rng": {}, "sums": {}}]}, {"best": "high"}, {"optimizer": {"state": {}, "param_groups": [1, 2]}},
+])  # fmt: skip
+def test_resume_from_a_training_state_of_other_contents_is_refused_in_a_sentence(finished, tmp_path, change):
+    root, flags = finished
+    state = torch.load(root / "whole" / "checkpoint.pth", weights_only=True)
+    torch.save({**state, **change}, tmp_path / "odd.pth")
+    with pytest.raises(ValueError, match="odd.pth.*--finetune"):
+        run(f"{flags} --resume {tmp_path / 'odd.pth'} --epochs 4")
+
+
+@pytest.mark.parametrize("change", [{"seen": None}, {"args": None}, {"class_names": None}, {"scaler": None}])
+def test_resume_from_a_checkpoint_that_lacks_what_can_be_done_without_continues(finished, tmp_path, change):
+    root, flags = finished
+    state = torch.load(root / "whole" / "checkpoint.pth", weights_only=True)
+    torch.save({**state, **change}, tmp_path / "odd.pth")
+    run(f"{flags} --resume {tmp_path / 'odd.pth'} --output_dir {tmp_path}/out --epochs 4")
+    assert [row["epoch"] for row in log_of(tmp_path / "out")] == [3]

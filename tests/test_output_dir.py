@@ -56,6 +56,33 @@ def test_files_to_replace_of_a_resumed_run_are_the_checkpoints_ahead_of_it(tmp_p
     assert files_to_replace(tmp_path, str(tmp_path / "checkpoint.pth"), (5, 0), False) == []
 
 
+def test_files_to_replace_through_a_symbolic_link_of_the_folder_are_the_same(tmp_path):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    save_checkpoint({"model": {}, "epoch": 4}, tmp_path / "real" / "checkpoint.pth")
+    assert files_to_replace(tmp_path / "link", str(tmp_path / "real" / "checkpoint.pth"), (5, 0), True) == []
+
+
+def test_lock_through_a_symbolic_link_of_the_folder_is_the_same(tmp_path, monkeypatch):
+    monkeypatch.setattr(output_dir, "PATIENCE", 0.2)
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    with (
+        locked(tmp_path / "real"),
+        pytest.raises(ValueError, match="another run is using .*link"),
+        locked(tmp_path / "link"),
+    ):
+        pass
+
+
+@pytest.mark.parametrize("name", ["file", "/proc/x"])
+def test_lock_of_a_folder_that_cannot_be_made_names_it(tmp_path, name):
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match="--output_dir .*(file|/proc/x) cannot be used .*choose another"):
+        with locked(tmp_path / name):
+            pass
+
+
 def test_truncate_log_keeps_earlier_epochs_and_foreign_lines(tmp_path):
     log = tmp_path / "log.txt"
     log.write_bytes(b'a note \xff\n{"epoch": 0}\n[1]\n{"epoch": "x"}\n{"epoch": 1}\n{"epoch": 2')

@@ -1,7 +1,6 @@
 """Checkpoint files: written atomically, read without running anything that is in them."""
 
 import os
-import secrets
 from numbers import Integral
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from torch import Tensor
 
 from util.dist import from_main, is_main_process
 from util.download import download
+from util.drafts import draft_of, remove_drafts
 from util.logger import logger
 from util.safe_load import check_bits, first_line, read
 
@@ -22,12 +22,13 @@ BEST = "checkpoint_best.pth"
 def save_checkpoint(state: dict, *paths: str | Path) -> None:
     """Write a state to one or more files, each of which holds the old state or the new one at any moment.
 
-    The bytes go to a draft (`.NAME.*.draft`) in the same folder, are flushed to the disk, and renamed. Raises OSError,
+    The bytes go to a draft (`util.drafts`) in the same folder, are flushed to the disk, and renamed. Raises OSError,
     naming the file, where that fails.
     """
     for path in map(Path, paths):
-        draft = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.draft")
+        draft = draft_of(path)
         try:
+            remove_drafts(path.parent)
             with open(draft, "xb") as file:
                 torch.save(state, file)
                 file.flush()

@@ -1,5 +1,6 @@
 """Downloads, cached by address and checked."""
 
+import glob
 import hashlib
 import signal
 import socket
@@ -14,6 +15,7 @@ from filelock import FileLock
 
 from util.logger import logger
 
+SIGNALS = [getattr(signal, f"SIG{name}") for name in ("TERM", "HUP", "USR1", "USR2") if hasattr(signal, f"SIG{name}")]
 SILENCE = 30  # seconds without data after which a download is given up
 
 
@@ -46,7 +48,9 @@ def _fetch(url: str, target: Path, digest: str | None) -> None:
     timeout = socket.getdefaulttimeout()
     socket.setdefaulttimeout(SILENCE)  # torch.hub itself would wait forever
     try:
-        with _sigterm_raises():
+        for partial in target.parent.glob(f"{glob.escape(target.name)}.*.partial"):  # of a process that was killed
+            partial.unlink(missing_ok=True)
+        with _signals_raise():
             torch.hub.download_url_to_file(url, str(target), digest)
     except (OSError, RuntimeError) as error:
         raise OSError(
@@ -58,20 +62,22 @@ def _fetch(url: str, target: Path, digest: str | None) -> None:
 
 
 @contextmanager
-def _sigterm_raises() -> Iterator[None]:
-    """Let SIGTERM end the process by an exception, so that a partial file is removed."""
+def _signals_raise() -> Iterator[None]:
+    """Let signals end the process by an exception, so that a partial file is removed; Ctrl-C does it anyway."""
 
     def leave(number: int, _) -> None:
         raise SystemExit(128 + number)
 
-    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
-        yield
-        return
-    signal.signal(signal.SIGTERM, leave)
+    fatal = []
+    if threading.current_thread() is threading.main_thread():  # Python sets handlers nowhere else
+        fatal = [number for number in SIGNALS if signal.getsignal(number) == signal.SIG_DFL]
+    for number in fatal:
+        signal.signal(number, leave)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        for number in fatal:
+            signal.signal(number, signal.SIG_DFL)
 
 
 def sha256(path: str | Path) -> str:

@@ -3,6 +3,7 @@
 import json
 import os
 import socket
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,6 +12,7 @@ from filelock import FileLock, Timeout
 
 from util.checkpoint import positions
 from util.dist import is_main_process
+from util.drafts import draft_of, remove_drafts
 from util.logger import finite_or_null, logger
 
 PATIENCE = 10  # seconds to wait for the lock: the workers of a killed run keep it for some seconds
@@ -27,7 +29,7 @@ def locked(folder: str | Path) -> Iterator[None]:
         yield
         return
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     path = folder / ".lock"
     lock = FileLock(path)
     try:
@@ -43,11 +45,23 @@ def locked(folder: str | Path) -> Iterator[None]:
             ) from None
     try:
         path.write_text(f"host {socket.gethostname()}, process {os.getpid()}")
-        for draft in [*folder.glob(".*.draft"), *folder.glob("*/.*.draft")]:
-            draft.unlink(missing_ok=True)
+        for place in (folder, folder / "eval"):
+            remove_drafts(place, locked=True)
         yield
     finally:
         lock.release()
+
+
+def make_folder(folder: str | Path) -> None:
+    """Make an output folder; raise OSError if it cannot be made, or nothing can be written to it."""
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise OSError(
+            f"--output_dir {folder} cannot be used ({error.strerror}): make it writable, or choose another"
+        ) from error
 
 
 def files_to_replace(folder: str | Path, resumed: str, start: tuple[int, int], overwrite: bool) -> list[Path]:
@@ -59,8 +73,8 @@ def files_to_replace(folder: str | Path, resumed: str, start: tuple[int, int], o
     if not folder or not is_main_process():
         return []
     folder = Path(folder)
-    if resumed and Path(resumed).parent.absolute() == folder.absolute():
-        files = [path for path, reached in positions(folder).items() if reached > start and path != Path(resumed)]
+    if resumed and Path(resumed).parent.resolve() == folder.resolve():
+        files = [path for path, reached in positions(folder).items() if reached > start]
     else:
         files = [path for path in sorted(folder.glob("checkpoint*.pth")) + [folder / "log.txt"] if path.exists()]
     if files and not overwrite:
@@ -83,7 +97,7 @@ def truncate_log(log_file: Path, epoch: int) -> None:
         lines = log_file.read_text(errors="surrogateescape").splitlines(keepends=True)
         kept = [line for line in lines if line.endswith("\n") and _epoch_of(line) < epoch]
         if len(kept) < len(lines):
-            draft = log_file.with_name(f".{log_file.name}.{os.getpid()}.draft")
+            draft = draft_of(log_file)
             draft.write_text("".join(kept), errors="surrogateescape")
             draft.replace(log_file)
 

@@ -5,6 +5,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from numbers import Integral
 from pathlib import Path
 
 import torch
@@ -20,6 +21,7 @@ from util.origin import changed_flags
 from util.output_dir import append_row, truncate_log
 from util.plot_utils import draw_curves
 from util.random_state import random_state, restore_random_state
+from util.safe_load import first_line
 
 
 @dataclass
@@ -140,11 +142,23 @@ class Run:
         if "optimizer" not in state:
             logger.info(f"{name} holds a model and no optimizer: training starts at epoch {self.epoch}")
             return
-        if not isinstance(state.get("epoch"), int):
+        if not isinstance(state.get("epoch"), Integral):
             raise ValueError(f"{name} holds an optimizer but no epoch: use --finetune to start from its weights")
         self.epoch, self.seen = position(state)
         if self.epoch > self.flags["epochs"]:
             raise ValueError(f"--epochs {self.flags['epochs']}, but {name} has trained {self.epoch} epochs: give more")
+        try:
+            self._restore_state(state, name)
+        except (KeyError, TypeError, AttributeError, IndexError, RuntimeError) as error:
+            raise ValueError(
+                f"{name}: training cannot be continued from it ({type(error).__name__}: {first_line(error)}): another "
+                "program wrote it, or it is incomplete. To start from its weights, use --finetune"
+            ) from error
+        if self.output_dir and is_main_process():
+            truncate_log(self.output_dir / "log.txt", self.epoch)
+
+    def _restore_state(self, state: dict, name: str) -> None:
+        """Load all that a checkpoint holds besides the model."""
         self._restore_optimizer(state["optimizer"], name)
         steps = self.epoch * self.steps_per_epoch + _ceil_div(self.seen, self.images_per_step)
         for _ in range(steps if self.steps_per_epoch else self.epoch):
@@ -156,13 +170,11 @@ class Run:
             self.training_only.load_state_dict(state["training_only"])
         if state.get("scaler"):
             self.scaler.load_state_dict(state["scaler"])
-        self.best = state.get("best", -1.0)
+        self.best = float(state.get("best", -1.0))
         changed = changed_flags(self.flags, state, self.flags.keys() - {"resume", "output_dir", "overwrite"})
         if changed:
             logger.info(f"flags changed since the checkpoint take effect: {', '.join(changed.values())}")
         self._restore_processes(state.get("processes", []), name)
-        if self.output_dir and is_main_process():
-            truncate_log(self.output_dir / "log.txt", self.epoch)
 
     def _restore_optimizer(self, saved: dict, name: str) -> None:
         """Load the optimizer's moments; the options of its groups stay those of the flags."""
