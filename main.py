@@ -42,7 +42,7 @@ from util.run import Run
 AT_LEAST = dict.fromkeys((  # the least value of each flag that is a number; dropout and ema_decay are below 1 besides
     "lr", "lr_backbone", "weight_decay", "clip_max_norm", "enc_layers", "dropout", "ema_decay", "denoising_groups",
     "warmup_steps", "start_epoch", "save_every_steps", "num_workers", "seed", "shapes_seed", "eos_coef",
-    "set_cost_class", "set_cost_bbox", "set_cost_giou",
+    "set_cost_class", "set_cost_bbox", "set_cost_giou", "denoising_box_noise", "denoising_label_noise",
     "mask_loss_coef", "dice_loss_coef", "bbox_loss_coef", "giou_loss_coef",
 ), 0) | dict.fromkeys((
     "batch_size", "epochs", "lr_drop", "accum_steps", "dec_layers", "dim_feedforward", "hidden_dim", "nheads",

@@ -5,7 +5,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from numbers import Integral
+from numbers import Integral, Real
 from pathlib import Path
 
 import torch
@@ -170,7 +170,9 @@ class Run:
             self.training_only.load_state_dict(state["training_only"])
         if state.get("scaler"):
             self.scaler.load_state_dict(state["scaler"])
-        self.best = float(state.get("best", -1.0))
+        self.best = state.get("best", -1.0)
+        if not isinstance(self.best, Real):
+            raise TypeError(f"'best' is {self.best!r}")
         changed = changed_flags(self.flags, state, self.flags.keys() - {"resume", "output_dir", "overwrite"})
         if changed:
             logger.info(f"flags changed since the checkpoint take effect: {', '.join(changed.values())}")
