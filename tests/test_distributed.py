@@ -162,6 +162,95 @@ def test_a_killed_process_ends_the_run_within_a_minute(trained, tmp_path, rank):
     assert position == ((0, 4) if rank == 1 else (0, 0))  # the main process saves when another one dies
 
 
+FAIL = """
+import os, signal, sys
+import engine, main
+from tests.helpers import parse
+
+how, second = sys.argv[1], os.environ["RANK"] == "1"
+norm, build, steps = engine.gradient_norm, main.build_dataset, []
+
+def gradient_norm(model):
+    steps.append(1)
+    if len(steps) == 3 and second and how == "error":
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+    if len(steps) == 3 and second and how == "nan":
+        next(model.parameters()).grad.fill_(float("nan"))
+    if len(steps) == 3 and second and how == "signal":
+        os.kill(os.getpid(), signal.SIGTERM)
+    return norm(model)
+
+def build_dataset(part, args):
+    if second and how == "data":
+        raise FileNotFoundError("the second machine has no such folder")
+    return build(part, args)
+
+engine.gradient_norm, main.build_dataset = gradient_norm, build_dataset
+main.main(parse(" ".join(sys.argv[2:])))
+"""
+
+
+@pytest.mark.parametrize("how, words", [
+    ("error", "RuntimeError: CUDA error"), ("nan", "FloatingPointError: .*not finite"),
+    ("data", "FileNotFoundError: the second machine has no such folder"),
+    ("signal", "stopped by a signal after 2 of 4 images of epoch 1"),
+])  # fmt: skip
+def test_what_ends_one_process_alone_ends_the_run_with_its_reason(trained, tmp_path, how, words):
+    _, flags = trained
+    (tmp_path / "fail.py").write_text(FAIL)
+    words_of_run = f"{flags} --batch_size 1 --print_freq 1 --save_every_steps 1 --output_dir {tmp_path}/run"
+    done = launch([str(tmp_path / "fail.py"), how, *words_of_run.split()], PYTHONPATH=os.getcwd())
+    assert done.returncode and re.search(words, done.stdout + done.stderr), done.stderr[-3000:]
+    if how != "data":
+        state = torch.load(tmp_path / "run" / "checkpoint.pth", weights_only=True)
+        assert all(value.isfinite().all() for value in state["model"].values())
+        assert (state["epoch"], state["seen"]) == ((0, 2) if how == "signal" else (0, 0))
+
+
+SEEN = """
+import os, signal, sys
+import engine, main
+from tests.helpers import parse
+
+seen, stop = sys.argv[1], int(sys.argv[2])
+norm, steps, get = engine.gradient_norm, [], main.datasets.coco.CocoDetection.__getitem__
+
+def gradient_norm(model):
+    steps.append(1)
+    if len(steps) == stop and os.environ.get("RANK", "0") == "0":
+        os.kill(os.getpid(), signal.SIGTERM)
+    return norm(model)
+
+def getitem(self, index):
+    if "train2017" in str(self.img_folder):
+        with open(seen, "a") as file:
+            file.write(f"{index}\\n")
+    return get(self, index)
+
+engine.gradient_norm, main.datasets.coco.CocoDetection.__getitem__ = gradient_norm, getitem
+main.main(parse(" ".join(sys.argv[3:])))
+"""
+
+
+def test_an_epoch_continued_by_other_numbers_of_processes_trains_on_every_image_once(tmp_path):
+    from tests.helpers import write_coco
+
+    write_coco(tmp_path / "coco", "train", range(1, 25), [(i, 1, [4, 4, 20, 30], {}) for i in range(1, 25)])
+    write_coco(tmp_path / "coco", "val", [1], [(1, 1, [4, 4, 20, 30], {})])
+    (tmp_path / "run.py").write_text(SEEN)
+    seen = tmp_path / "seen"
+    flags = f"--coco_path {tmp_path}/coco --output_dir {tmp_path}/run --epochs 1 --resume auto --print_freq 1"
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.getcwd()}
+    alone = [sys.executable, str(tmp_path / "run.py"), str(seen)]
+    assert subprocess.run([*alone, "4", *flags.split(), "--batch_size", "2"], env=env).returncode == 128 + 15
+    assert len(seen.read_text().split()) == 8
+    words = [str(tmp_path / "run.py"), str(seen), "3", *flags.split(), "--batch_size", "1"]
+    assert launch(words, 2, PYTHONPATH=os.getcwd()).returncode
+    assert len(seen.read_text().split()) == 14
+    assert subprocess.run([*alone, "0", *flags.split(), "--batch_size", "2"], env=env).returncode == 0
+    assert sorted(map(int, seen.read_text().split())) == list(range(24))
+
+
 def test_another_number_of_processes_goes_on_and_says_so(trained, tmp_path):
     root, flags = trained
     (tmp_path / "run").mkdir()
