@@ -44,7 +44,7 @@ class SkipUnreadable(Dataset):
     """A training set in which the next readable image takes the place of one that cannot be read."""
 
     def __init__(self, dataset: Dataset):
-        self.dataset = dataset
+        self.dataset, self.class_names = dataset, dataset.class_names
 
     def __len__(self) -> int:
         return len(self.dataset)

@@ -204,7 +204,7 @@ def test_what_ends_one_process_alone_ends_the_run_with_its_reason(trained, tmp_p
     if how != "data":
         state = torch.load(tmp_path / "run" / "checkpoint.pth", weights_only=True)
         assert all(value.isfinite().all() for value in state["model"].values())
-        assert (state["epoch"], state["seen"]) == ((0, 2) if how == "signal" else (0, 0))
+        assert (state["epoch"], state["seen"]) == (0, 2)  # the main process had its gradients and finished the step
 
 
 SEEN = """
