@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from models.position_encoding import build_position_encoding
 from models.resnet import FrozenBatchNorm2d, build_resnet
-from util.checkpoint import load_checkpoint
+from util.checkpoint import load_checkpoint, not_finite
 from util.dist import is_main_process
 from util.flags import with_defaults
 from util.logger import logger
@@ -118,11 +118,15 @@ def load_backbone_weights(resnet: nn.Module, path: str) -> None:
     """Load the entries of a state dict file that fit `resnet` by name and shape, and log those that do not.
 
     A norm whose convolution is missing from the file keeps its initial values: its statistics belong to the missing
-    weights. Raises FileNotFoundError, or ValueError if nothing fits.
+    weights. Raises FileNotFoundError, or ValueError if nothing fits or values are not finite.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"backbone weights {path!r}: no such file; give a path, 'imagenet' or 'none'")
     loaded = load_checkpoint(path)["model"]
+    if broken := not_finite(loaded):
+        raise ValueError(
+            f"backbone weights {path!r}: {len(broken)} entries hold NaN or infinite values: {broken[0]}..."
+        )
     own = resnet.state_dict()
     fits = {name: value for name, value in loaded.items() if name in own and own[name].shape == value.shape}
     for name in list(fits):

@@ -195,3 +195,17 @@ def test_backbone_without_avx512_trains_contiguous(training):
     for backbone.contiguous_training in (True, False):
         backbone.train(training)(nested_tensor_from_tensor_list(torch.rand(1, 3, 64, 64)))
     assert layouts == [training, False]
+
+
+@pytest.mark.parametrize("content, words", [
+    ([1], "holds a list"), ("<html>404</html>", "a web page"), ("", "empty"),
+    ({"conv1.weight": torch.tensor(torch.nan)}, "NaN"),
+])  # fmt: skip
+def test_backbone_weights_from_a_file_of_other_contents_are_refused_by_name(tmp_path, content, words):
+    path = tmp_path / "weights.pth"
+    if isinstance(content, str):
+        path.write_text(content)
+    else:
+        torch.save(content, path)
+    with pytest.raises(ValueError, match=f"weights.pth.*{words}"):
+        Backbone("resnet18", True, False, False, weights=str(path))
