@@ -41,7 +41,10 @@ def _loader(dataset: Dataset, batches: Sampler, num_workers: int, device: torch.
 
 
 class SkipUnreadable(Dataset):
-    """A training set in which the next readable image takes the place of one that cannot be read."""
+    """A training set in which the next readable image takes the place of one that is damaged or missing.
+
+    Errors of the system, such as a disk or network that fails, are raised: no image is at fault.
+    """
 
     def __init__(self, dataset: Dataset):
         self.dataset = dataset
@@ -57,6 +60,6 @@ class SkipUnreadable(Dataset):
         for offset in range(len(self)):
             try:
                 return self.dataset[(index + offset) % len(self)]
-            except (OSError, ValueError) as error:
+            except (FileNotFoundError, ValueError) as error:
                 logger.warning(f"skipping an image: {error}")
         raise ValueError("no training image can be read")
