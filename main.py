@@ -21,6 +21,7 @@ import datasets
 import models
 from datasets import build_dataset, get_coco_api_from_dataset
 from datasets.coco import ALLOWED, AUGMENTS, IMAGE_DTYPES
+from datasets.coco_checks import compare_categories
 from datasets.coco_eval import CocoEvaluator, curves
 from datasets.loaders import build_train_loader, build_val_loader
 from engine import allow_tf32, compile_network, evaluate, train_one_epoch
@@ -288,6 +289,8 @@ def build_datasets(args, checkpoint: dict | None) -> tuple[Dataset | None, Datas
         train_set = build_dataset("train", _changed(args, num_classes=num_classes))
         num_classes = num_classes or train_set.num_classes
     val_set = build_dataset("val", _changed(args, num_classes=num_classes))
+    if train_set:
+        compare_categories(train_set.class_names, "the training data", val_set.class_names, "the validation data")
     return train_set, val_set, num_classes or val_set.num_classes
 
 

@@ -151,10 +151,10 @@ class CocoDetection(torchvision.datasets.CocoDetection):
 
     def _check_size(self, image_id: int, size: list[int]) -> None:
         """Raise ValueError if the file lists another size than the image has: boxes and masks would not fit it."""
-        listed = self.index.sizes[self.index.row_of(image_id)].tolist()
+        listed, path = self.index.sizes[self.index.row_of(image_id)].tolist(), printable(self._path(image_id))
         if min(listed) > 0 and listed != list(size):
             raise ValueError(
-                f"{printable(self._path(image_id))} is {size} (height, width), but {self.ann_file} lists image {image_id} as "
+                f"{path} is {size} (height, width), but {self.ann_file} lists image {image_id} as "
                 f"{listed}: boxes and masks belong to another version of the image (resized or rotated?)"
             )
 

@@ -94,27 +94,32 @@ def trained_on(index: CocoIndex) -> np.ndarray:
     return (index.iscrowd == 0) & (far_corner > corner).all(1)
 
 
-def suspicious(index: CocoIndex) -> Iterator[tuple[str, Sequence]]:
-    """Yield what does not stop training, but is seldom meant: descriptions, each with its examples."""
-    used, single = trained_on(index), index.iscrowd == 0
-    if not used.any():
-        yield "no annotation at all, or only crowds and empty boxes: there is nothing to train on or to find", [""]
+def suspicious_images(index: CocoIndex) -> Iterator[tuple[str, list]]:
+    """Yield what does not stop training but is seldom meant, of images and categories: descriptions with examples."""
+    if not trained_on(index).any():
+        why = "no annotation at all, or only crowds and empty boxes: there is nothing to train on or to find"
+        yield why, [Path(index.path).name]
+    image_of = np.repeat(np.arange(len(index.image_ids)), np.diff(index.first))
+    objects = np.bincount(image_of[index.iscrowd == 0])
+    crowded = [f"image {index.image_ids[i]} ({objects[i]})" for i in (objects > COUNTED).nonzero()[0]]
+    yield f"images with more objects than the {COUNTED} detections of an image that AP counts", crowded
+    yield "files listed for several images", _repeated(index.file_names.tolist())
+    yield "names of several categories", _repeated(index.categories.values())
+
+
+def suspicious_boxes(index: CocoIndex) -> Iterator[tuple[str, list]]:
+    """Yield what training repairs in boxes: descriptions with examples."""
     owners, boxes = index.owners, index.boxes
 
     def examples(bad: np.ndarray) -> list[str]:
         return [f"image {i} {box}" for i, box in zip(owners[bad], boxes[bad].tolist(), strict=True)]
 
-    flat = single & (boxes[:, 2:] <= 0).any(1)
+    flat = (index.iscrowd == 0) & (boxes[:, 2:] <= 0).any(1)
     yield "boxes without width or height (not trained on)", examples(flat)
     sizes = index.sizes[:, ::-1].repeat(np.diff(index.first), 0)
     beyond = (boxes[:, :2] < -SLACK) | (boxes[:, :2] + boxes[:, 2:] > sizes + SLACK)
     beyond = (beyond & (sizes > 0)).any(1) & ~flat
     yield "boxes that reach outside their image (cut there; are they x, y, width, height?)", examples(beyond)
-    objects = np.bincount(np.repeat(np.arange(len(index.image_ids)), np.diff(index.first))[single])
-    crowded = [f"image {index.image_ids[i]} ({objects[i]})" for i in (objects > COUNTED).nonzero()[0]]
-    yield f"images with more objects than the {COUNTED} detections of an image that AP counts", crowded
-    yield "files listed for several images", _repeated(index.file_names.tolist())
-    yield "names of several categories", _repeated(index.categories.values())
 
 
 def _repeated(names: Iterable[str]) -> list[str]:
@@ -123,18 +128,20 @@ def _repeated(names: Iterable[str]) -> list[str]:
 
 def warn_of(index: CocoIndex) -> None:
     """Log a warning for each kind of suspicious content."""
-    for what, examples in suspicious(index):
-        if examples and examples[0]:
-            shown = ", ".join(map(printable, examples[:SHOWN])) + (", ..." if len(examples) > SHOWN else "")
-            logger.warning(f"{index.path}: {len(examples)} {what}: {shown}")
-        elif examples:
-            logger.warning(f"{index.path}: {what}")
+    for what, examples in (*suspicious_images(index), *suspicious_boxes(index)):
+        if examples:
+            logger.warning(f"{index.path}: {len(examples)} {what}: {some(examples)}")
+
+
+def some(examples: Sequence) -> str:
+    """Join the first examples, safe to print."""
+    return ", ".join(map(printable, examples[:SHOWN])) + (", ..." if len(examples) > SHOWN else "")
 
 
 def compare_categories(ours: Mapping[int, str], where: str, theirs: Mapping[int, str], elsewhere: str) -> list[str]:
-    """Describe the ids that have another name in each of two places, and log them as one warning.
+    """Log a warning of category ids that have different names in two places, and of those that the first one lacks.
 
-    Numbers computed across the two compare different things. Ids that only one of them has are no difference.
+    Returns the differences. Numbers computed across the two places compare different things.
     """
     differ = [
         f"{i} is {printable(ours[i])} in {where} and {printable(theirs[i])} in {elsewhere}"
@@ -142,9 +149,11 @@ def compare_categories(ours: Mapping[int, str], where: str, theirs: Mapping[int,
         if ours[i] != theirs[i]
     ]
     if differ:
-        more = f" and {len(differ) - SHOWN} more" if len(differ) > SHOWN else ""
         logger.warning(
-            f"CATEGORIES WITH DIFFERENT MEANINGS: {'; '.join(differ[:SHOWN])}{more}. Results for them are meaningless "
-            "unless these are two names of the same thing"
+            f"CATEGORIES MEAN DIFFERENT THINGS: {len(differ)} ids have different names: {some(differ)}. Unless these "
+            "are two names of one thing, numbers for them are meaningless"
         )
+    absent = [f"{i} ({theirs[i]})" for i in sorted(theirs.keys() - ours.keys())]
+    if absent:
+        logger.warning(f"{len(absent)} categories of {elsewhere} are not in {where}: {some(absent)}")
     return differ

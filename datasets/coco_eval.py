@@ -78,6 +78,12 @@ class CocoEvaluator:
         strange = sorted(self.results.keys() - self._numbers.keys())
         if strange:
             raise ValueError(f"detections of images that the ground truth (base_ds) lacks: ids {strange[:5]}")
+        labels = {label for result in self.results.values() for label in result["labels"].tolist()}
+        if labels and not labels & set(self._category_ids):
+            logger.warning(
+                f"no detection is of an evaluated category: they have the ids {sorted(labels)[:5]}, "
+                f"the ground truth has {sorted(self._category_ids)[:5]}"
+            )
         for iou_type in self.iou_types:
             found = self._backend.detections(self._truth, *self._rows(iou_type))
             evaluation = self._backend.evaluation(self._truth, found, iou_type)

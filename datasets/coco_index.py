@@ -200,7 +200,6 @@ def read_coco_index(path: str | Path, with_segmentations: bool = False) -> CocoI
 
 def _annotation_problems(index: CocoIndex, owners: np.ndarray) -> list[tuple[str, Iterable]]:
     """List what is wrong with annotations; `owners` are their image ids, listed or not."""
-
     stray = ~np.isin(index.labels, list(index.categories))
     return [
         (

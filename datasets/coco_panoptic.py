@@ -71,7 +71,7 @@ class CocoPanoptic(CocoDetection):
     def coco(self):
         """The things as pycocotools' COCO, for the evaluation."""
         if self.instances_file:
-            _check_instances(self.instances_file, self.index, self.return_masks)
+            check_instances(self.instances_file, self.index, self.return_masks)
             return load_coco_api(self.instances_file)
         return index_coco(self._instances())
 
@@ -126,7 +126,7 @@ class CocoPanoptic(CocoDetection):
         return {"info": {}, "images": images, "annotations": annotations, "categories": categories}
 
 
-def _check_instances(path: str | Path, panoptic: PanopticIndex, with_masks: bool) -> None:
+def check_instances(path: str | Path, panoptic: PanopticIndex, with_masks: bool) -> None:
     """Raise ValueError if an instances file is not of the images and things of a panoptic file."""
     instances = read_coco_index(path, with_segmentations=with_masks)
     beside = f"of {panoptic.path}, which the instances file lacks: their AP could not be computed"

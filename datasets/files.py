@@ -7,6 +7,7 @@ from pathlib import Path, PureWindowsPath
 from urllib.parse import unquote
 
 from datasets.json_file import SHOWN, report
+from util.text import printable
 
 
 class Listings:
@@ -56,6 +57,13 @@ def leads_outside(name: str) -> bool:
         return False
     path = PureWindowsPath(name)  # it knows both kinds of slash
     return ".." in path.parts or bool(path.anchor)
+
+
+def inside(folder: str | Path, name: str, outside: bool = False) -> Path:
+    """Return the path of a file that data name; ValueError if it leads out of the folder, unless `outside`."""
+    if not outside and leads_outside(name):
+        raise ValueError(f"{printable(name)} lies outside {folder}: it is read only with --allow outside_paths")
+    return Path(folder) / name
 
 
 def _with_hint(name: str, folder: str | Path, listings: Listings) -> str:

@@ -153,6 +153,6 @@ def check_segment_ids(where: str, painted: Collection[int], listed: Collection[i
     absent, stray = sorted(set(listed) - set(painted)), sorted(set(painted) - set(listed) - {0})
     if absent or stray:
         raise ValueError(
-            f"{printable(where)}: the map does not go with its segments_info: listed but without a pixel: {absent[:5]}; "
-            f"painted but not listed: {stray[:5]}; the JSON and the PNG must come from the same annotation"
+            f"{printable(where)}: the map does not go with its segments_info: listed but without a pixel: "
+            f"{absent[:5]}; painted but not listed: {stray[:5]}; JSON and PNG must come from the same annotation"
         )

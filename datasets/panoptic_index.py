@@ -10,7 +10,7 @@ import numpy as np
 from datasets.coco_index import CocoIndex, Rows, bad_numbers, read_lists, text
 from datasets.json_file import report, shortened, whole
 
-LARGEST_SEGMENT_ID = 256**3 - 1
+LARGEST_ID = 256**3 - 1
 
 
 @dataclass
@@ -98,8 +98,8 @@ def _segment_problems(
         ("segments that share an id within an image", [f"image {i} (segment {s})" for i, s in keys.T[times > 1]]),
         ("segments with an id below 1 (0 is void)", examples(ids < 1)),
         (
-            f"segments with an id above {LARGEST_SEGMENT_ID} (a map's colours end there)",
-            examples(ids > LARGEST_SEGMENT_ID),
+            f"segments with an id above {LARGEST_ID} (a map's colours end there)",
+            examples(ids > LARGEST_ID),
         ),
         ("segments of a category that is not listed", examples(~np.isin(labels, [c["id"] for c in categories]))),
     ]

@@ -70,8 +70,9 @@ def test_sizes_queries_and_parts_are_compared(coco_root, capsys):
     shutil.copy(coco_root / "train2017" / "000000000011.jpg", coco_root / "val2017" / "000000000011.jpg")
     change(coco_root, "val", lambda content: content["images"][0].update(file_name="000000000011.jpg"))
     status, text = report(coco_root, capsys, "--num_queries", "1")
-    assert status == 0
-    assert "000000000013.jpg is [48, 64], not [48, 65]" in text
+    assert status == 1
+    (line,) = [line for line in text.splitlines() if "000000000013.jpg is [48, 64], not [48, 65]" in line]
+    assert "FATAL: 1 images of another (height, width) than listed, training would stop there" in line
     assert "2 images with more objects than the 1 queries (--num_queries): image 11 (2), image 12 (2)" in text
     assert "1 is 'cat' in train, 'bird' in val" in text
     assert "1 images that are in both parts (trained on, then evaluated on): 000000000011.jpg" in text
