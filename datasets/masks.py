@@ -12,7 +12,6 @@ from pycocotools import mask as mask_api
 from torch import Tensor
 
 from datasets.images import decoding
-from datasets.json_file import whole
 from util.text import printable
 
 ONE_CHANNEL = ("L", "I", "I;16")  # PIL's modes
@@ -47,16 +46,23 @@ def usable_polygons(segmentation: list) -> list[list[float]]:
         if len(polygon) < 6:
             continue
         try:
-            usable = min(polygon) > -LARGEST_COORDINATE and max(polygon) < LARGEST_COORDINATE
-            usable = usable and math.isfinite(sum(polygon))  # comparisons alone may miss NaN
+            # The length of all coordinates as one vector is no less than any of them: one pass for the usual polygon.
+            usable = math.hypot(*polygon) < LARGEST_COORDINATE or _bounded(polygon)
         except TypeError:
             raise ValueError("a polygon coordinate that is not a number") from None
+        except OverflowError:
+            usable = False
         if not usable:
             raise ValueError(f"a polygon coordinate that is not finite or beyond {LARGEST_COORDINATE}")
         polygons.append(polygon)
     if not polygons:
         raise ValueError("neither polygons of at least three points nor a run-length code")
     return polygons
+
+
+def _bounded(polygon: list) -> bool:
+    # Comparisons alone may miss NaN.
+    return max(map(abs, polygon)) < LARGEST_COORDINATE and math.isfinite(sum(polygon))
 
 
 def check_run_lengths(code: dict, height: int, width: int) -> np.ndarray:
@@ -68,12 +74,22 @@ def check_run_lengths(code: dict, height: int, width: int) -> np.ndarray:
         raise ValueError(f"a run-length code of size {size} for an image of {[height, width]}")
     counts = code["counts"]
     try:
-        runs = np.array([whole(n) for n in counts], np.int64) if isinstance(counts, list) else _uncompressed(counts)
+        runs = _whole_numbers(counts) if isinstance(counts, list) else _uncompressed(counts)
     except (TypeError, ValueError, OverflowError, IndexError):
         raise ValueError("run lengths that are not whole numbers or not COCO's compressed text") from None
     # A single length is compared too: the sum of very large ones may overflow to the right total.
     if not len(runs) or runs.min() < 0 or runs.max() > height * width or runs.sum() != height * width:
         raise ValueError(f"run lengths of {runs.sum()} pixels for an image of {height * width}")
+    return runs
+
+
+def _whole_numbers(counts: list) -> np.ndarray:
+    numbers = np.array(counts)
+    if numbers.dtype.kind == "f" and not np.isfinite(numbers).all():
+        raise ValueError("not finite")
+    runs = numbers.astype(np.int64) if numbers.dtype.kind in "iuf" else None
+    if numbers.ndim != 1 or runs is None or (runs != numbers).any():
+        raise ValueError("not a list of whole numbers")
     return runs
 
 
