@@ -210,10 +210,8 @@ def test_panoptic_data_with_masks_need_hotcoco(root, monkeypatch):
 def test_polygons_of_the_instances_file_are_checked_before_masks_are_evaluated(root):
     content = {"images": [{"id": i, "file_name": f"{i}.jpg", "height": 48, "width": 64} for i in (3, 20)]}
     content["categories"] = [{"id": 1, "name": "cat"}, {"id": 2, "name": "dog"}]
-    bad = {"bbox": [1, 2, 3, 4], "segmentation": [[0, 0, 1e9, 0, 9, 9]]}
-    content["annotations"] = [
-        {"id": 5, "image_id": 20, "category_id": 2, "bbox": [1, 2, 3, 4], "segmentation": polygon}
-    ]
+    record = {"id": 5, "image_id": 20, "category_id": 2, "bbox": [1, 2, 3, 4]}
+    content["annotations"] = [{**record, "segmentation": [[0, 0, 1e9, 0, 9, 9]]}]
     (root / "annotations/instances_val2017.json").write_text(json.dumps(content))
     assert built("val", root).coco.anns.keys() == {5}
     with pytest.raises(ValueError, match="1 segmentations that cannot be drawn: image 20"):
