@@ -217,6 +217,8 @@ def make_coco_transforms(
     for value, known in ((image_set, ("train", "val")), (augment, AUGMENTS), (image_dtype, IMAGE_DTYPES)):
         if value not in known:
             raise ValueError(f"no transforms for {value!r}: choose one of {', '.join(known)}")
+    if not 1 <= min_size <= max_size:
+        raise ValueError(f"min_size {min_size}, max_size {max_size}: at least 1, and max_size not below min_size")
     steps = [T.RandomResize([min_size], max_size)]
     if image_set == "train" and augment == "full":
         steps = [T.RandomHorizontalFlip(), _random_sizes(min_size / 800, max_size)]

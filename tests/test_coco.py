@@ -443,3 +443,9 @@ def test_image_under_a_similar_name_is_suggested(coco_root, on_disk, listed):
     change(coco_root, lambda c: c["images"][0].update(file_name=listed))
     with pytest.raises(ValueError, match=re.escape(f"{listed} (did you mean {on_disk}?)")):
         plain(coco_root)
+
+
+@pytest.mark.parametrize("sizes", [(-5, 100), (0, 10), (100, 50)])
+def test_transforms_with_meaningless_sizes_are_refused(sizes):
+    with pytest.raises(ValueError, match="max_size not below min_size"):
+        make_coco_transforms("val", *sizes)
