@@ -52,6 +52,11 @@ class SkipUnreadable(Dataset):
     def __len__(self) -> int:
         return len(self.dataset)
 
+    @property
+    def class_names(self) -> dict[int, str]:
+        """Category names by id."""
+        return self.dataset.class_names
+
     def set_epoch(self, epoch: int) -> None:
         """Use the augmentation of another epoch."""
         self.dataset.set_epoch(epoch)
