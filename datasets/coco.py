@@ -14,6 +14,7 @@ from torchvision.datasets import VisionDataset
 
 import datasets.transforms as T
 from datasets.coco_api import area_of, load_coco_api
+from datasets.coco_api import index_coco as index_coco  # the address in docs/extending.md
 from datasets.coco_checks import check_classes, check_masks, check_sample, check_sizes, warn_of
 from datasets.coco_index import read_coco_index
 from datasets.files import check_against_folder
