@@ -20,7 +20,8 @@ from torch.utils.data import DataLoader, Dataset
 import datasets
 import models
 from datasets import build_dataset, get_coco_api_from_dataset
-from datasets.coco import AUGMENTS, IMAGE_DTYPES
+from datasets.coco import ALLOWED, AUGMENTS, IMAGE_DTYPES
+from datasets.coco_checks import compare_categories
 from datasets.coco_eval import CocoEvaluator, curves
 from datasets.loaders import build_train_loader, build_val_loader
 from engine import allow_tf32, compile_network, evaluate, train_one_epoch
@@ -137,6 +138,8 @@ def get_args_parser() -> argparse.ArgumentParser:
         help="full: the published flips, sizes and crops; flip: only flips, at the evaluation's size; none: neither")
     add("--image_dtype", default="uint8", choices=IMAGE_DTYPES,
         help="uint8: images reach the device as bytes and the model normalises them; float32: the loader does")
+    add("--allow", action="append", default=[], choices=ALLOWED,
+        help="large_images: beyond PIL's limit of pixels; outside_paths: file names that lead out of the image folder")
     add("--shapes_train", default=new["shapes_train"], type=int, help="generated training images")
     add("--shapes_val", default=new["shapes_val"], type=int, help="generated validation images")
     add("--shapes_size", default=new["shapes_size"], type=int, help="longest side of generated images")
@@ -292,6 +295,8 @@ def build_datasets(args, checkpoint: dict | None) -> tuple[Dataset | None, Datas
         train_set = build_dataset("train", _changed(args, num_classes=num_classes))
         num_classes = num_classes or train_set.num_classes
     val_set = build_dataset("val", _changed(args, num_classes=num_classes))
+    if train_set:
+        compare_categories(train_set.class_names, "the training data", val_set.class_names, "the validation data")
     return train_set, val_set, num_classes or val_set.num_classes
 
 

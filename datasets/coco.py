@@ -1,8 +1,7 @@
 """COCO detection: images, and their objects as boxes (and masks when asked)."""
 
 import contextlib
-import io
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from functools import cached_property
 from pathlib import Path
 
@@ -14,18 +13,22 @@ from torch import Tensor
 from torchvision.datasets import VisionDataset
 
 import datasets.transforms as T
-from datasets.coco_index import check_against_folder, check_classes, check_masks, check_sizes, read_coco_index
-from datasets.images import read_image, read_pixels
-from datasets.json_file import read_json
+from datasets.coco_api import area_of, load_coco_api
+from datasets.coco_api import index_coco as index_coco  # the address in docs/extending.md
+from datasets.coco_checks import check_classes, check_masks, check_sample, check_sizes, warn_of
+from datasets.coco_index import read_coco_index
+from datasets.files import check_against_folder
+from datasets.images import allow_large_images, read_image, read_pixels
 from datasets.masks import decode_masks
 from util.flags import with_defaults
-from util.logger import logger
+from util.text import printable
 
 # The published recipe, for a shortest side of 800; other sizes scale it.
 TRAIN_SCALES = tuple(range(480, 801, 32))
 CROP_SOURCES, CROP_SIDES = (400, 500, 600), (384, 600)
 AUGMENTS = ("full", "flip", "none")
 IMAGE_DTYPES = ("float32", "uint8")
+ALLOWED = ("large_images", "outside_paths")  # what --allow may name
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, as the backbone's weights expect
 NO_EPOCH = -1  # the epoch before `set_epoch` is called
 
@@ -41,6 +44,7 @@ NEW_FLAGS = {
     "val_images": None,
     "val_annotations": None,
     "seed": 42,
+    "allow": (),
 }
 
 
@@ -51,7 +55,8 @@ class CocoDetection(torchvision.datasets.CocoDetection):
     (category ids as they are), `area` [T], `iscrowd` [T], `image_id` [1], `orig_size` and `size` [2] (height, width);
     with `return_masks` also `masks`, bool [T, H, W]. Crowds are left out, boxes clamped to the image, and those without
     area dropped. `transforms` take and return such a pair; None leaves it unchanged. With `as_tensor` they get a uint8
-    tensor [3, H, W] instead of a PIL image, which is faster.
+    tensor [3, H, W] instead of a PIL image, which is faster. `allow` may name "large_images", beyond PIL's limit, and
+    "outside_paths", file names that lead out of the folder.
 
     Once `set_epoch` has been called (it reaches running workers too), augmentation is a function of (seed, epoch,
     index); without it, transforms draw from Python's `random` as usual. The files are checked once, here: raises
@@ -67,25 +72,30 @@ class CocoDetection(torchvision.datasets.CocoDetection):
         num_classes: int | None = None,
         seed: int = 0,
         as_tensor: bool = False,
+        allow: Collection[str] = (),
     ):
         VisionDataset.__init__(self, img_folder)  # torchvision's own constructor would read the file into dicts
         self.img_folder, self.ann_file = Path(img_folder), Path(ann_file)
         self._transforms, self.return_masks, self.seed, self.as_tensor = transforms, return_masks, seed, as_tensor
+        self.allow = allow
         self.prepare = ConvertCocoPolysToMask(return_masks)
         self.index = self._read_index()
         self.ids = self.index.image_ids.tolist()
-        self.num_classes = num_classes or self.index.num_classes
+        self.num_classes = self.index.num_classes if num_classes is None else num_classes
         check_classes(self.index, self.num_classes)
-        if self.index.iscrowd.all():
-            logger.warning(f"{ann_file}: no annotation at all, or only crowds: there is nothing to train on or to find")
+        check_sample(self.index, self.img_folder)
+        warn_of(self.index)
         self._epoch = torch.tensor(NO_EPOCH).share_memory_()  # one number, shared with every worker
 
     def _read_index(self):
         index = read_coco_index(self.ann_file, with_segmentations=self.return_masks)
-        check_against_folder(index, self.img_folder)
+        self._check_files(index.file_names, self.img_folder)
         if self.return_masks:
             check_masks(index)
         return index
+
+    def _check_files(self, names: Iterable[str], folder: Path, what: str = "images") -> None:
+        check_against_folder(self.ann_file, names, folder, what, outside="outside_paths" in self.allow)
 
     def set_epoch(self, epoch: int) -> None:
         """Draw the augmentation of this epoch from now on."""
@@ -111,6 +121,8 @@ class CocoDetection(torchvision.datasets.CocoDetection):
         return len(self.ids)
 
     def __getitem__(self, idx: int) -> tuple[Image.Image | Tensor, dict]:
+        if "large_images" in self.allow:
+            allow_large_images()  # here, because this may be a process of its own
         image_id = self.ids[idx]
         image = self._load_tensor(image_id) if self.as_tensor else self._load_image(image_id)
         self._check_size(image_id, F.get_size(image))
@@ -140,10 +152,10 @@ class CocoDetection(torchvision.datasets.CocoDetection):
 
     def _check_size(self, image_id: int, size: list[int]) -> None:
         """Raise ValueError if the file lists another size than the image has: boxes and masks would not fit it."""
-        listed = self.index.sizes[self.index.row_of(image_id)].tolist()
+        listed, path = self.index.sizes[self.index.row_of(image_id)].tolist(), printable(self._path(image_id))
         if min(listed) > 0 and listed != list(size):
             raise ValueError(
-                f"{self._path(image_id)} is {size} (height, width), but {self.ann_file} lists image {image_id} as "
+                f"{path} is {size} (height, width), but {self.ann_file} lists image {image_id} as "
                 f"{listed}: boxes and masks belong to another version of the image (resized or rotated?)"
             )
 
@@ -166,7 +178,7 @@ class ConvertCocoPolysToMask:
         columns = {
             "boxes": torch.minimum(boxes.clamp(min=0), torch.tensor([width, height] * 2)),
             "labels": torch.tensor([record["category_id"] for record in objects], dtype=torch.int64),
-            "area": torch.tensor([_area(record) for record in objects], dtype=torch.float32),
+            "area": torch.tensor([area_of(record) for record in objects], dtype=torch.float32),
             "iscrowd": torch.zeros(len(objects), dtype=torch.int64),
         }
         if self.return_masks:
@@ -176,11 +188,6 @@ class ConvertCocoPolysToMask:
             points = torch.tensor([record["keypoints"] for record in objects], dtype=torch.float32)
             columns["keypoints"] = points.reshape(len(objects), -1, 3)
         return image, make_target(image_id, (height, width), columns)
-
-
-def _area(record: dict) -> float:
-    area = record.get("area")
-    return record["bbox"][2] * record["bbox"][3] if area is None else area
 
 
 def make_target(image_id: Tensor, size: tuple[int, int], columns: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -199,33 +206,6 @@ def convert_coco_poly_to_mask(segmentations: Iterable, height: int, width: int) 
     return decode_masks(segmentations, height, width, "the annotations")
 
 
-def load_coco_api(ann_file: str | Path):
-    """Read an instances file as pycocotools' COCO."""
-    return index_coco(read_json(ann_file))
-
-
-def index_coco(instances: dict):
-    """Make pycocotools' COCO of instances, filling in what COCO's evaluation needs and other files may lack."""
-    from pycocotools.coco import COCO
-
-    coco = COCO()
-    annotations = instances.setdefault("annotations", [])
-    coco.dataset = instances
-    for record in (*instances["images"], *instances["categories"]):
-        record["id"] = int(record["id"])
-    # The evaluation tells objects apart by their ids, and takes 0 for "not matched".
-    ids = [annotation.get("id") for annotation in annotations]
-    usable = all(type(i) is int and 0 < i < 2**63 for i in ids) and len(set(ids)) == len(ids)
-    for i, annotation in enumerate(annotations, start=1):
-        annotation["id"] = annotation["id"] if usable else i
-        annotation["image_id"], annotation["category_id"] = int(annotation["image_id"]), int(annotation["category_id"])
-        annotation["iscrowd"] = int(annotation.get("iscrowd") or 0)
-        annotation["area"] = _area(annotation)
-    with contextlib.redirect_stdout(io.StringIO()):
-        coco.createIndex()
-    return coco
-
-
 def make_coco_transforms(
     image_set: str, min_size: int = 800, max_size: int = 1333, augment: str = "full", image_dtype: str = "float32"
 ) -> T.Compose:
@@ -238,6 +218,8 @@ def make_coco_transforms(
     for value, known in ((image_set, ("train", "val")), (augment, AUGMENTS), (image_dtype, IMAGE_DTYPES)):
         if value not in known:
             raise ValueError(f"no transforms for {value!r}: choose one of {', '.join(known)}")
+    if not 1 <= min_size <= max_size:
+        raise ValueError(f"min_size {min_size}, max_size {max_size}: at least 1, and max_size not below min_size")
     steps = [T.RandomResize([min_size], max_size)]
     if image_set == "train" and augment == "full":
         steps = [T.RandomHorizontalFlip(), _random_sizes(min_size / 800, max_size)]
@@ -265,6 +247,7 @@ def build_options(image_set: str, args) -> dict:
         "num_classes": args.num_classes,
         "seed": args.seed,
         "as_tensor": True,
+        "allow": args.allow or (),
     }
 
 

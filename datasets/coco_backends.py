@@ -10,11 +10,12 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval, Params
 
 BACKENDS = ("auto", "hotcoco", "pycocotools")
+USED = ("id", "image_id", "category_id", "bbox", "area", "iscrowd")
 LARGEST_EXACT = 2**53  # larger image ids are not exact as floats, which evaluation code uses
 
 
-def ground_truth(coco_gt) -> dict:
-    """Return images, categories and annotations of an index in COCO's format.
+def ground_truth(coco_gt, with_segmentations: bool = True) -> dict:
+    """Return images, categories and annotations of an index in COCO's format, without entries that AP does not use.
 
     The index's own methods decide what they are; one without methods has at least `imgs`, `cats` and `anns`.
     """
@@ -24,11 +25,13 @@ def ground_truth(coco_gt) -> dict:
     else:
         image_ids, category_ids, annotations = list(coco_gt.imgs), list(coco_gt.cats), list(coco_gt.anns.values())
     sizes = [{name: side for name, side in coco_gt.imgs[i].items() if name in ("height", "width")} for i in image_ids]
+    used = (*USED, "segmentation") if with_segmentations else USED
     names = {i: str(coco_gt.cats[i].get("name", i)) if i in coco_gt.cats else str(i) for i in category_ids}
     return {
         "images": [{"id": i, **size} for i, size in zip(image_ids, sizes, strict=True)],
         "categories": [{"id": i, "name": name} for i, name in names.items()],
-        "annotations": [dict(record) for record in annotations],  # pycocotools writes into them
+        # New records, because pycocotools writes into them. Unused segmentations may be of any kind.
+        "annotations": [{name: record[name] for name in used if name in record} for record in annotations],
     }
 
 
@@ -114,4 +117,6 @@ def pick_backend(name: str) -> Hotcoco | Pycocotools:
     if name not in BACKENDS:
         raise ValueError(f"no evaluation code {name!r}: choose {', '.join(BACKENDS)}")
     installed = importlib.util.find_spec("hotcoco") is not None
+    if name == "hotcoco" and not installed:
+        raise ValueError("--coco_eval hotcoco needs the package hotcoco: pip install hotcoco")
     return Hotcoco() if name == "hotcoco" or (name == "auto" and installed) else Pycocotools()

@@ -2,7 +2,6 @@
 
 import contextlib
 import io
-import json
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
@@ -13,6 +12,7 @@ from pycocotools.cocoeval import COCOeval
 from torch import Tensor
 
 from datasets.coco_backends import ground_truth, pick_backend, renumber
+from datasets.json_file import write_json
 from datasets.masks import encode_masks
 from util.dist import all_gather, gather_to_main
 from util.logger import logger
@@ -41,7 +41,7 @@ class CocoEvaluator:
         self.coco_eval: dict = {}
         if coco_gt is not None:
             self._backend = pick_backend(backend)
-            truth = ground_truth(coco_gt)
+            truth = ground_truth(coco_gt, "segm" in self.iou_types)
             self._numbers = renumber(truth)  # of each image id: the id in `coco_eval`
             self._objects = Counter(record["image_id"] for record in truth["annotations"])
             self._category_ids = [category["id"] for category in truth["categories"]]
@@ -57,7 +57,10 @@ class CocoEvaluator:
         [Q, 1, H, W], binary or probabilities. An empty result is one without detections.
         """
         for image_id, result in predictions.items():
-            self.results[int(image_id)] = _as_arrays(result, "segm" in self.iou_types)
+            arrays = _as_arrays(result, "segm" in self.iou_types)
+            if not (np.isfinite(arrays["bbox"]).all() and np.isfinite(arrays["scores"]).all()):
+                raise ValueError(f"image {image_id}: boxes or scores that are not finite: has the model diverged?")
+            self.results[int(image_id)] = arrays
 
     def synchronize_between_processes(self) -> None:
         """Bring every process's results to the main one, in the order of the image ids."""
@@ -75,6 +78,12 @@ class CocoEvaluator:
         strange = sorted(self.results.keys() - self._numbers.keys())
         if strange:
             raise ValueError(f"detections of images that the ground truth (base_ds) lacks: ids {strange[:5]}")
+        labels = {label for result in self.results.values() for label in result["labels"].tolist()}
+        if labels and not labels & set(self._category_ids):
+            logger.warning(
+                f"no detection is of an evaluated category: they have the ids {sorted(labels)[:5]}, "
+                f"the ground truth has {sorted(self._category_ids)[:5]}"
+            )
         for iou_type in self.iou_types:
             found = self._backend.detections(self._truth, *self._rows(iou_type))
             evaluation = self._backend.evaluation(self._truth, found, iou_type)
@@ -116,7 +125,7 @@ class CocoEvaluator:
     def save_predictions(self, folder: str | Path) -> None:
         """Write `predictions_bbox.json` (and `_segm`) in COCO's result format, for other tools."""
         for iou_type in self.iou_types:
-            (Path(folder) / f"predictions_{iou_type}.json").write_text(json.dumps(self.predictions(iou_type)))
+            write_json(Path(folder) / f"predictions_{iou_type}.json", self.predictions(iou_type))
 
     def prepare(self, predictions: dict[int, dict[str, Tensor]], iou_type: str) -> list[dict]:
         """Convert results, as `update` takes them, to COCO's result format."""

@@ -4,20 +4,18 @@ pycocotools keeps every annotation as a dict: 2.5 GB for COCO's train2017, copie
 a hundredth of that and are shared.
 """
 
-import unicodedata
 from array import array
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from urllib.parse import unquote
 
 import numpy as np
 
 from datasets.json_file import JsonColumn, is_whole, read_json, read_records, report, shortened, whole
-from datasets.masks import check_run_lengths, usable_polygons
+from datasets.masks import usable_polygons
 
-__all__ = ["CocoIndex", "check_against_folder", "check_classes", "check_masks", "read_coco_index", "read_json"]
+__all__ = ["CocoIndex", "read_coco_index", "read_json"]
 LARGEST_CATEGORY_ID = 99_999  # the model has one output per id up to the largest, used or not
 
 
@@ -36,6 +34,7 @@ class CocoIndex:
     iscrowd: np.ndarray  # [A] int64
     categories: dict[int, str]
     segmentations: JsonColumn | None = None
+    bad_polygons: list[str] = field(default_factory=list)  # descriptions of those that cannot be drawn
 
     def annotations_of(self, i: int) -> slice:
         """Return the rows of the annotations of image number i."""
@@ -87,7 +86,7 @@ class Rows:
     iscrowd: array = field(default_factory=lambda: array("b"))
     segmentations: JsonColumn | None = None
     malformed: list = field(default_factory=list)
-    bad_masks: list = field(default_factory=list)
+    bad_polygons: list = field(default_factory=list)
 
     # Columns may differ in length after a record that cannot be read: the file is refused then.
 
@@ -95,7 +94,7 @@ class Rows:
         """Add a record of `images`."""
         try:
             self.image_ids.append(whole(record["id"]))
-            self.file_names.append(str(record["file_name"]))
+            self.file_names.append(text(record["file_name"]))
             self.sizes.append(whole(record.get("height") or 0))
             self.sizes.append(whole(record.get("width") or 0))
         except (KeyError, TypeError, ValueError, OverflowError) as error:
@@ -110,7 +109,7 @@ class Rows:
             self.labels.append(whole(record["category_id"]))
             self.iscrowd.append(whole(record.get("iscrowd") or 0))
             area = record.get("area")
-            self.area.append(w * h if area is None else area)
+            self.area.append(max(w, 0) * max(h, 0) if area is None else area)
         except (KeyError, TypeError, ValueError, OverflowError) as error:
             self.malformed.append(f"{shortened(record)}: {error!r}")
             return
@@ -122,7 +121,7 @@ class Rows:
             if isinstance(value, list) and value:
                 usable_polygons(value)
         except ValueError as error:
-            self.bad_masks.append(f"image {owner} ({shortened(value)[:60]}: {error})")
+            self.bad_polygons.append(f"image {owner} ({shortened(value)[:60]}: {error})")
         self.segmentations.append(value)
 
     def sorted_images(self) -> dict[str, np.ndarray]:
@@ -193,97 +192,49 @@ def read_coco_index(path: str | Path, with_segmentations: bool = False) -> CocoI
         iscrowd=np.asarray(rows.iscrowd)[order].astype(np.int64),
         categories={whole(c["id"]): str(c.get("name", c["id"])) for c in rows.categories},
         segmentations=rows.segmentations and rows.segmentations.seal(order),
+        bad_polygons=rows.bad_polygons,
     )
-    report(path, [("segmentations that cannot be drawn", rows.bad_masks), *_annotation_problems(index, owners[order])])
+    report(path, _annotation_problems(index, owners[order]))
     return index
 
 
 def _annotation_problems(index: CocoIndex, owners: np.ndarray) -> list[tuple[str, Iterable]]:
     """List what is wrong with annotations; `owners` are their image ids, listed or not."""
-
-    def examples(bad: np.ndarray, values: np.ndarray, name: str) -> list[str]:
-        return [f"image {i} ({name} {v})" for i, v in zip(owners[bad], values[bad].tolist(), strict=True)]
-
-    broken = ~np.isfinite(index.boxes).all(1)
-    bad_area = ~broken & ~(np.isfinite(index.area) & (index.area >= 0)) & (index.boxes[:, 2:] >= 0).all(1)
     stray = ~np.isin(index.labels, list(index.categories))
     return [
         (
             "annotations of images that are not listed",
             [f"image {i}" for i in owners[~np.isin(owners, index.image_ids)]],
         ),
-        ("annotations of a category that is not listed", examples(stray, index.labels, "category")),
-        ("boxes that are not finite", examples(broken, index.boxes, "box")),
         (
-            "areas that are negative or not finite (remove `area`: width times height is used then)",
-            examples(bad_area, index.area, "area"),
+            "annotations of a category that is not listed",
+            [f"image {i} (category {c})" for i, c in zip(owners[stray], index.labels[stray].tolist(), strict=True)],
         ),
-        ("values of iscrowd other than 0 and 1", examples(~np.isin(index.iscrowd, (0, 1)), index.iscrowd, "iscrowd")),
+        *bad_numbers(owners, index.boxes, index.area, index.iscrowd),
     ]
 
 
-def check_against_folder(
-    index: CocoIndex, folder: str | Path, names: Iterable[str] | None = None, what: str = "images"
-) -> None:
-    """Raise ValueError if files of the index (its images by default) are not in the folder.
+def bad_numbers(
+    owners: np.ndarray, boxes: np.ndarray, area: np.ndarray, iscrowd: np.ndarray
+) -> list[tuple[str, Iterable]]:
+    """List what is wrong with the numbers of annotations or segments; `owners` are their image ids."""
 
-    Raises FileNotFoundError if the folder does not exist.
-    """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise FileNotFoundError(f"{folder}: no such folder of {what} (annotations: {index.path})")
-    listings: dict[Path, set[str]] = {}  # one listing per folder is faster than one question per file
+    def examples(bad: np.ndarray, values: np.ndarray, name: str) -> list[str]:
+        return [f"image {i} ({name} {v})" for i, v in zip(owners[bad], values[bad].tolist(), strict=True)]
 
-    def files_in(parent: Path) -> set[str]:
-        if parent not in listings:
-            listings[parent] = {entry.name for entry in parent.iterdir()} if parent.is_dir() else set()
-        return listings[parent]
-
-    absent = []
-    for name in map(str, index.file_names if names is None else names):
-        path = folder / name
-        if path.name not in files_in(path.parent):
-            similar = folder / unquote(name.replace("\\", "/"))
-            same = [there for there in files_in(similar.parent) if _plain(there) == _plain(similar.name)]
-            hint = f" (did you mean {(similar.parent / same[0]).relative_to(folder)}?)" if same else ""
-            absent.append(name + hint)
-    report(index.path, [(f"{what} that are not in {folder}", absent)])
+    broken = ~np.isfinite(boxes).all(1)
+    return [
+        ("boxes that are not finite", examples(broken, boxes, "box")),
+        (
+            "areas that are negative or not finite (remove `area`: width times height is used then)",
+            examples(~broken & ~(np.isfinite(area) & (area >= 0)), area, "area"),
+        ),
+        ("values of iscrowd other than 0 and 1", examples(~np.isin(iscrowd, (0, 1)), iscrowd, "iscrowd")),
+    ]
 
 
-def _plain(name: str) -> str:
-    """Return a file name without differences of case or Unicode form."""
-    return unicodedata.normalize("NFC", name).casefold()
-
-
-def check_sizes(index: CocoIndex) -> None:
-    """Raise ValueError if the file does not list the size of every image."""
-    report(index.path, [("images without height and width", index.image_ids[(index.sizes <= 0).any(1)])])
-
-
-def check_masks(index: CocoIndex) -> None:
-    """Raise ValueError for annotations without a segmentation or with run lengths that do not fit their image."""
-    check_sizes(index)
-    codes, labels, owners = index.segmentations, index.labels, index.owners
-    missing = codes.empty()
-    unfit = []
-    for k in (~missing & ~codes.is_list()).nonzero()[0]:
-        height, width = index.sizes[np.searchsorted(index.image_ids, owners[k])].tolist()
-        try:
-            check_run_lengths(codes[k], height, width)
-        except ValueError as error:
-            unfit.append(f"image {owners[k]} ({error})")
-    what = "annotations without a segmentation (without --masks they can be used)"
-    examples = [f"image {i} (category {c})" for i, c in zip(owners[missing], labels[missing], strict=True)]
-    report(index.path, [(what, examples), ("segmentations that cannot be drawn", unfit)])
-
-
-def check_classes(index: CocoIndex, num_classes: int) -> None:
-    """Raise ValueError if an annotation's class id does not fit a model of `num_classes` classes.
-
-    Class `num_classes` itself would be trained as "no object".
-    """
-    beyond = index.labels >= num_classes
-    needed = index.labels.max(initial=0) + 1
-    what = f"annotations of classes outside 0..{num_classes - 1} (--num_classes must be at least {needed})"
-    examples = zip(index.owners[beyond], index.labels[beyond], strict=True)
-    report(index.path, [(what, [f"image {i} (category {label})" for i, label in examples])])
+def text(name) -> str:
+    """Return a file name; TypeError for a value that is no text."""
+    if not isinstance(name, str):
+        raise TypeError(f"file_name {name!r} is not text")
+    return name

@@ -8,24 +8,21 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from datasets.coco import (
-    NEW_FLAGS,
-    CocoDetection,
-    build_options,
-    index_coco,
-    load_coco_api,
-    make_coco_transforms,
-    make_target,
-)
-from datasets.coco_index import check_against_folder, check_sizes, read_coco_index
+from datasets.coco import NEW_FLAGS, CocoDetection, build_options, make_coco_transforms, make_target
+from datasets.coco_api import index_coco, load_coco_api
+from datasets.coco_checks import check_masks, check_sizes
+from datasets.coco_index import read_coco_index
 from datasets.json_file import report
-from datasets.masks import check_segment_ids, encode_masks, read_segment_ids
-from datasets.panoptic_index import read_panoptic_index
+from datasets.masks import check_colours, check_segment_ids, encode_masks, read_segment_ids
+from datasets.panoptic_eval import check_pq_package
+from datasets.panoptic_index import PanopticIndex, read_panoptic_index
 from util.box_ops import masks_to_boxes
 from util.flags import with_defaults
 from util.logger import logger
+from util.text import printable
 
 __all__ = ["CocoPanoptic", "build", "make_coco_transforms", "masks_to_boxes"]
+SAMPLE = 16  # maps whose channels are looked at before training starts
 COCO_CLASSES = 250  # outputs of the published models; the largest category id of COCO panoptic is 200
 
 
@@ -38,7 +35,7 @@ class CocoPanoptic(CocoDetection):
     the things) is computed against the objects of `instances_file`, or without one against the segments themselves.
 
     The files are checked once, here, except for the maps' pixels: a map whose ids are not those of the file raises
-    ValueError when it is read.
+    ValueError when it is read (tools/check_dataset.py finds it before).
     """
 
     def __init__(
@@ -58,8 +55,11 @@ class CocoPanoptic(CocoDetection):
     def _read_index(self):
         index = read_panoptic_index(self.ann_file)
         check_sizes(index)
-        check_against_folder(index, self.img_folder)
-        check_against_folder(index, self.ann_folder, index.map_names, "panoptic maps")
+        self._check_files(index.file_names, self.img_folder)
+        self._check_files(index.map_names, self.ann_folder, "panoptic maps")
+        if self.return_masks:
+            check_pq_package()
+            check_colours([self.ann_folder / name for name in index.map_names[:SAMPLE].tolist()])
         return index
 
     @property
@@ -71,7 +71,7 @@ class CocoPanoptic(CocoDetection):
     def coco(self):
         """The things as pycocotools' COCO, for the evaluation."""
         if self.instances_file:
-            _check_instances(self.instances_file, self.index)
+            check_instances(self.instances_file, self.index, self.return_masks)
             return load_coco_api(self.instances_file)
         return index_coco(self._instances())
 
@@ -100,7 +100,7 @@ class CocoPanoptic(CocoDetection):
         path, size = self.ann_folder / str(self.index.map_names[row]), tuple(self.index.sizes[row].tolist())
         painted = read_segment_ids(path)
         if painted.shape != size:
-            raise ValueError(f"{path}: a map of {painted.shape} (height, width) for an image of {size}")
+            raise ValueError(f"{printable(path)}: a map of {painted.shape} (height, width) for an image of {size}")
         listed = self.index.segment_ids[self.index.annotations_of(row)]
         masks = painted == listed[:, None, None]
         complete = masks.any((1, 2)).all() and masks.sum() == np.count_nonzero(painted)
@@ -126,9 +126,9 @@ class CocoPanoptic(CocoDetection):
         return {"info": {}, "images": images, "annotations": annotations, "categories": categories}
 
 
-def _check_instances(path: str | Path, panoptic) -> None:
+def check_instances(path: str | Path, panoptic: PanopticIndex, with_masks: bool) -> None:
     """Raise ValueError if an instances file is not of the images and things of a panoptic file."""
-    instances = read_coco_index(path)
+    instances = read_coco_index(path, with_segmentations=with_masks)
     beside = f"of {panoptic.path}, which the instances file lacks: their AP could not be computed"
     report(path, [
         (f"images {beside}", np.setdiff1d(panoptic.image_ids, instances.image_ids)),
@@ -143,6 +143,8 @@ def _check_instances(path: str | Path, panoptic) -> None:
         ),
         ("no annotations at all", [] if len(instances.labels) else ["'annotations' is missing or empty"]),
     ])  # fmt: skip
+    if with_masks:
+        check_masks(instances)
 
 
 def build(image_set: str, args) -> CocoPanoptic:

@@ -82,7 +82,9 @@ def panoptic_quality(postprocessors: dict, data_loader, base_ds, output_dir, coc
     while isinstance(dataset, Subset):
         dataset = dataset.dataset
     folder = Path(output_dir) / "panoptic_eval" if output_dir else None
-    return PanopticQuality(postprocessors["panoptic"], PanopticEvaluator(dataset.ann_file, dataset.ann_folder, folder))
+    outside = "outside_paths" in getattr(dataset, "allow", ())
+    evaluator = PanopticEvaluator(dataset.ann_file, dataset.ann_folder, folder, outside)
+    return PanopticQuality(postprocessors["panoptic"], evaluator)
 
 
 # Functions that build an evaluator, or return None where its metric does not apply. A metric of your own is one more.

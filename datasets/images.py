@@ -1,11 +1,16 @@
 """Image files of all kinds, decoded to 8-bit RGB."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
+
+from util.text import printable
 
 try:
     import simplejpeg
@@ -16,12 +21,40 @@ DEEP_MODES = ("I;16", "I;16B", "I;16L", "I;16N")  # 16-bit grey: divided by 257,
 REFUSED_MODES = ("I", "F")  # 32-bit: no range is given by the type
 
 
+def allow_large_images() -> None:
+    """Let this process decode images of any size; PIL refuses those above twice its `MAX_IMAGE_PIXELS`."""
+    Image.MAX_IMAGE_PIXELS = None
+
+
+@contextmanager
+def decoding(file: str | Path | BinaryIO, what: str = "image") -> Iterator[None]:
+    """Turn whatever a decoder raises into a ValueError that names the file and what to do.
+
+    FileNotFoundError, and errors of the system (OSError with an error number), keep their type: the file itself may be
+    all right.
+    """
+    name = printable(file)
+    try:
+        yield
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{name}: no such {what}") from None
+    except Image.DecompressionBombError as error:
+        raise ValueError(f"{name}: {error}; --allow large_images reads it all the same") from error
+    except MemoryError:
+        raise
+    except Exception as error:  # damaged bytes can break a decoder in any way
+        if isinstance(error, OSError) and error.errno:
+            raise OSError(error.errno, f"{name}: {error.strerror}") from error
+        why = f"not a readable {what} ({printable(error)}); replace the file or remove it from the annotations"
+        raise ValueError(f"{name}: {why}") from error
+
+
 def read_image(path: str | Path) -> Tensor:
     """Read an image file as uint8 RGB [3, H, W], as its pixels are stored: EXIF rotation is not applied.
 
     (COCO's boxes refer to the stored pixels.) Grey, palette and CMYK files are converted, transparency is dropped, and
     16-bit grey is divided by 257. Raises FileNotFoundError, or ValueError naming a file that cannot be decoded, has
-    more pixels than PIL allows (twice `PIL.Image.MAX_IMAGE_PIXELS`), or has 32-bit pixels.
+    32-bit pixels, or has more pixels than PIL allows (see `allow_large_images`).
     """
     # Channels stay innermost in memory: resizing is faster with them there.
     return torch.from_numpy(read_pixels(path)).permute(2, 0, 1)
@@ -29,17 +62,18 @@ def read_image(path: str | Path) -> Tensor:
 
 def read_pixels(path: str | Path) -> np.ndarray:
     """Read an image file as uint8 RGB [H, W, 3]; see `read_image`."""
-    try:
+    with decoding(path):
         pixels = _decode_jpeg(Path(path).read_bytes())
         if pixels is None:
             with Image.open(path) as image:
                 pixels = np.array(to_rgb(image))
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{path}: no such image") from None
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        why = f"not a readable image ({error}); replace the file or remove it from the annotations"
-        raise ValueError(f"{path}: {why}") from error
-    return pixels
+        return pixels
+
+
+def read_upright(path: str | Path) -> Image.Image:
+    """Read an image file as 8-bit RGB, rotated as its EXIF tag says."""
+    with decoding(path), Image.open(path) as image:
+        return to_rgb(ImageOps.exif_transpose(image))
 
 
 def _decode_jpeg(data: bytes) -> np.ndarray | None:

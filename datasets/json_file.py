@@ -8,6 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
+from util.text import printable
+
 SHOWN = 5  # examples named for each problem in a report
 _to_text = json.JSONEncoder(separators=(",", ":")).encode
 _skip_space = re.compile(r"[ \t\n\r]*").match
@@ -49,11 +51,16 @@ def read_json(path: str | Path):
 
     Raises FileNotFoundError, or ValueError naming a file that is not JSON.
     """
-    text = _read_text(path)
+    return _parsed(path, json.loads)
+
+
+def write_json(path: str | Path, value) -> None:
+    """Write a JSON file; ValueError for numbers that JSON does not have (NaN and infinities)."""
     try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}: not a JSON file ({error})") from None
+        text = json.dumps(value, allow_nan=False)
+    except ValueError as error:
+        raise ValueError(f"{path} is not written: {error}") from None
+    Path(path).write_text(text)
 
 
 def read_records(path: str | Path, readers: Mapping[str, Callable]) -> set[str]:
@@ -62,10 +69,16 @@ def read_records(path: str | Path, readers: Mapping[str, Callable]) -> set[str]:
     `readers` holds a function for each list to read; all other content is skipped. Records are not kept, so the memory
     needed is the size of the file. Returns the names of the lists found. Raises FileNotFoundError or ValueError.
     """
+    return _parsed(path, lambda text: _walk(text, readers))
+
+
+def _parsed(path: str | Path, parse: Callable):
     text = _read_text(path)
     try:
-        return _walk(text, readers)
-    except json.JSONDecodeError as error:
+        return parse(text)
+    except RecursionError:
+        raise ValueError(f"{path}: not a JSON file that can be read (nested too deeply)") from None
+    except ValueError as error:  # JSONDecodeError is one; so is the error for a number of thousands of digits
         raise ValueError(f"{path}: not a JSON file ({error})") from None
 
 
@@ -91,6 +104,8 @@ def _walk(text: str, readers: Mapping[str, Callable]) -> set[str]:
         name, at = parse(text, at)
         at = _expect(":", text, at)
         if isinstance(name, str) and name in readers and text[at : at + 1] == "[":
+            if name in found:
+                raise ValueError(f"the list {name!r} is there twice")
             found.add(name)
             at = _walk_list(text, at, readers[name])
         else:
@@ -138,7 +153,7 @@ def report(path: str | Path, problems: Iterable[tuple[str, Iterable]]) -> None:
         examples = list(examples)
         if examples:
             more = ", ..." if len(examples) > SHOWN else ""
-            lines.append(f"{len(examples)} {what}: {', '.join(map(str, examples[:SHOWN]))}{more}")
+            lines.append(f"{len(examples)} {what}: {', '.join(map(printable, examples[:SHOWN]))}{more}")
     if lines:
         between = " " if len(lines) == 1 else "\n  "
         raise ValueError(between.join([f"{path} cannot be used:", *lines]))

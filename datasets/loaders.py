@@ -41,13 +41,21 @@ def _loader(dataset: Dataset, batches: Sampler, num_workers: int, device: torch.
 
 
 class SkipUnreadable(Dataset):
-    """A training set in which the next readable image takes the place of one that cannot be read."""
+    """A training set in which the next readable image takes the place of one that is damaged or missing.
+
+    Errors of the system, such as a disk or network that fails, are raised: no image is at fault.
+    """
 
     def __init__(self, dataset: Dataset):
         self.dataset, self.class_names = dataset, dataset.class_names
 
     def __len__(self) -> int:
         return len(self.dataset)
+
+    @property
+    def class_names(self) -> dict[int, str]:
+        """Category names by id."""
+        return self.dataset.class_names
 
     def set_epoch(self, epoch: int) -> None:
         """Use the augmentation of another epoch."""
@@ -57,6 +65,6 @@ class SkipUnreadable(Dataset):
         for offset in range(len(self)):
             try:
                 return self.dataset[(index + offset) % len(self)]
-            except (OSError, ValueError) as error:
+            except (FileNotFoundError, ValueError) as error:
                 logger.warning(f"skipping an image: {error}")
         raise ValueError("no training image can be read")

@@ -11,6 +11,10 @@ from PIL import Image
 from pycocotools import mask as mask_api
 from torch import Tensor
 
+from datasets.images import decoding
+from util.text import printable
+
+ONE_CHANNEL = ("L", "I", "I;16")  # PIL's modes
 LARGEST_COORDINATE = 100_000  # pixels; pycocotools' C code ends the process on much larger ones
 
 
@@ -42,10 +46,12 @@ def usable_polygons(segmentation: list) -> list[list[float]]:
         if len(polygon) < 6:
             continue
         try:
-            finite = math.isfinite(sum(polygon))  # comparisons alone may miss NaN
-            usable = finite and min(polygon) > -LARGEST_COORDINATE and max(polygon) < LARGEST_COORDINATE
+            # The length of all coordinates as one vector is no less than any of them: one pass for the usual polygon.
+            usable = math.hypot(*polygon) < LARGEST_COORDINATE or _bounded(polygon)
         except TypeError:
             raise ValueError("a polygon coordinate that is not a number") from None
+        except OverflowError:
+            usable = False
         if not usable:
             raise ValueError(f"a polygon coordinate that is not finite or beyond {LARGEST_COORDINATE}")
         polygons.append(polygon)
@@ -54,19 +60,36 @@ def usable_polygons(segmentation: list) -> list[list[float]]:
     return polygons
 
 
+def _bounded(polygon: list) -> bool:
+    # Comparisons alone may miss NaN.
+    return max(map(abs, polygon)) < LARGEST_COORDINATE and math.isfinite(sum(polygon))
+
+
 def check_run_lengths(code: dict, height: int, width: int) -> np.ndarray:
     """Return the run lengths of a code; ValueError if they are not those of an image of this size."""
     if not isinstance(code, dict) or not {"size", "counts"} <= code.keys():
         raise ValueError("neither polygons of at least three points nor a run-length code")
-    if list(code["size"]) != [height, width]:
-        raise ValueError(f"a run-length code of size {list(code['size'])} for an image of {[height, width]}")
+    size = code["size"]
+    if not isinstance(size, (list, tuple)) or list(size) != [height, width]:
+        raise ValueError(f"a run-length code of size {size} for an image of {[height, width]}")
     counts = code["counts"]
     try:
-        runs = np.array(counts, dtype=np.int64) if isinstance(counts, list) else _uncompressed(counts)
+        runs = _whole_numbers(counts) if isinstance(counts, list) else _uncompressed(counts)
     except (TypeError, ValueError, OverflowError, IndexError):
         raise ValueError("run lengths that are not whole numbers or not COCO's compressed text") from None
-    if (runs < 0).any() or runs.sum() != height * width:
+    # A single length is compared too: the sum of very large ones may overflow to the right total.
+    if not len(runs) or runs.min() < 0 or runs.max() > height * width or runs.sum() != height * width:
         raise ValueError(f"run lengths of {runs.sum()} pixels for an image of {height * width}")
+    return runs
+
+
+def _whole_numbers(counts: list) -> np.ndarray:
+    numbers = np.array(counts)
+    if numbers.dtype.kind == "f" and not np.isfinite(numbers).all():
+        raise ValueError("not finite")
+    runs = numbers.astype(np.int64) if numbers.dtype.kind in "iuf" else None
+    if numbers.ndim != 1 or runs is None or (runs != numbers).any():
+        raise ValueError("not a list of whole numbers")
     return runs
 
 
@@ -120,16 +143,25 @@ def read_segment_ids(file: str | Path | BinaryIO) -> np.ndarray:
     It is a PNG whose colour is an id (R + 256 G + 256^2 B); where there is one channel, its value is the id. Raises
     FileNotFoundError, or ValueError naming a file that cannot be decoded.
     """
-    try:
-        with Image.open(file) as image:
-            if image.mode in ("L", "I", "I;16"):
-                return np.asarray(image).astype(np.int64)
-            colours = np.asarray(image.convert("RGB"), dtype=np.int64)
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{file}: no such panoptic map") from None
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{file}: not a readable panoptic map ({error})") from error
+    with decoding(file, "panoptic map"), Image.open(file) as image:
+        if image.mode in ONE_CHANNEL:
+            return np.asarray(image).astype(np.int64)
+        if image.mode not in ("RGB", "RGBA", "P"):
+            raise ValueError(f"its pixels have mode {image.mode}: expected RGB")
+        colours = np.asarray(image.convert("RGB"), dtype=np.int64)
     return colours @ np.array([1, 256, 256**2])
+
+
+def check_colours(maps: Iterable[str | Path]) -> None:
+    """Raise ValueError for a panoptic map of one channel: PQ, like COCO's own tools, takes ids from colours only."""
+    for path in maps:
+        with decoding(path, "panoptic map"), Image.open(path) as image:
+            mode = image.mode
+        if mode in ONE_CHANNEL:
+            raise ValueError(
+                f"{printable(path)}: a panoptic map of one channel (grey, mode {mode}). COCO's maps are RGB, with ids "
+                "R + 256 G + 256^2 B: convert them (R, G and B are id % 256, id // 256 % 256 and id // 65536)"
+            )
 
 
 def check_segment_ids(where: str, painted: Collection[int], listed: Collection[int]) -> None:
@@ -137,6 +169,6 @@ def check_segment_ids(where: str, painted: Collection[int], listed: Collection[i
     absent, stray = sorted(set(listed) - set(painted)), sorted(set(painted) - set(listed) - {0})
     if absent or stray:
         raise ValueError(
-            f"{where}: the map does not go with its segments_info: listed but without a pixel: {absent[:5]}; "
-            f"painted but not listed: {stray[:5]}; the JSON and the PNG must come from the same annotation"
+            f"{printable(where)}: the map does not go with its segments_info: listed but without a pixel: "
+            f"{absent[:5]}; painted but not listed: {stray[:5]}; JSON and PNG must come from the same annotation"
         )

@@ -1,19 +1,26 @@
 """Panoptic quality, over several processes: each collects maps, the main one computes."""
 
+import importlib.util
 import io
-import json
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 
-from datasets.json_file import read_json
+from datasets.files import leads_outside
+from datasets.json_file import read_json, report, write_json
 from datasets.masks import check_segment_ids, read_segment_ids
 from util.dist import gather_to_main, is_main_process
 from util.logger import logger
 
 GROUPS = ("All", "Things", "Stuff")
+
+
+def check_pq_package() -> None:
+    """Raise ValueError if the package that computes PQ is not installed."""
+    if importlib.util.find_spec("hotcoco") is None:
+        raise ValueError("panoptic quality is computed by the package hotcoco: pip install hotcoco")
 
 
 class PanopticEvaluator:
@@ -22,14 +29,24 @@ class PanopticEvaluator:
     `ann_file` and `ann_folder` are the ground truth. In `output_dir` the predictions are left in COCO's format, the
     maps as PNGs (`000000000042.png` for image 42) and `predictions.json`; None leaves nothing. Where several processes
     evaluate, all must see that folder. An image counts once however often it was seen, and only seen images count.
+    Maps of the ground truth that lie outside `ann_folder` are read only with `allow_outside`.
     """
 
-    def __init__(self, ann_file: str | Path, ann_folder: str | Path, output_dir: str | Path | None = "panoptic_eval"):
+    def __init__(
+        self,
+        ann_file: str | Path,
+        ann_folder: str | Path,
+        output_dir: str | Path | None = "panoptic_eval",
+        allow_outside: bool = False,
+    ):
         self.ann_file, self.ann_folder = Path(ann_file), Path(ann_folder)
         self.output_dir = Path(output_dir) if output_dir else None
+        check_pq_package()
         content = read_json(ann_file)
         self.categories = content["categories"]
         self.truth = {record["image_id"]: record for record in content["annotations"]}
+        outside = [record["file_name"] for record in self.truth.values() if leads_outside(record["file_name"])]
+        report(ann_file, [(f"panoptic maps outside {ann_folder}", [] if allow_outside else outside)])
         if self.output_dir:
             self.output_dir.mkdir(parents=True, exist_ok=True)
         self.predictions: dict[int, dict] = {}  # by image id
@@ -74,7 +91,7 @@ class PanopticEvaluator:
             return None
         content = {"annotations": list(self.predictions.values()), "categories": self.categories}
         if self.output_dir:
-            (self.output_dir / "predictions.json").write_text(json.dumps(content))
+            write_json(self.output_dir / "predictions.json", content)
             return self._compute(content, self.output_dir)
         with tempfile.TemporaryDirectory() as folder:
             for image_id, png in self.maps.items():

@@ -7,8 +7,10 @@ from pathlib import Path
 
 import numpy as np
 
-from datasets.coco_index import CocoIndex, Rows, read_lists
+from datasets.coco_index import CocoIndex, Rows, bad_numbers, read_lists, text
 from datasets.json_file import report, shortened, whole
+
+LARGEST_ID = 256**3 - 1
 
 
 @dataclass
@@ -31,7 +33,7 @@ class _PanopticRows(Rows):
     def map(self, record: dict) -> None:
         """Add a record of `annotations`: a map and its segments."""
         try:
-            owner, name, segments = whole(record["image_id"]), str(record["file_name"]), record["segments_info"]
+            owner, name, segments = whole(record["image_id"]), text(record["file_name"]), record["segments_info"]
             ids = array("q", [whole(segment["id"]) for segment in segments])
         except (KeyError, TypeError, ValueError, OverflowError) as error:
             self.malformed.append(f"{shortened(record)}: {error!r}")
@@ -53,10 +55,11 @@ def read_panoptic_index(path: str | Path) -> PanopticIndex:
     segment_ids, labels = np.asarray(rows.segment_ids), np.asarray(rows.labels)
     map_owners = np.asarray(rows.map_owners)
     maps, order = np.argsort(map_owners, kind="stable"), np.argsort(owners, kind="stable")
-    boxes = np.asarray(rows.boxes).reshape(-1, 4)
+    boxes, area, iscrowd = np.asarray(rows.boxes).reshape(-1, 4), np.asarray(rows.area), np.asarray(rows.iscrowd)
     report(path, [
         *_map_problems(images["image_ids"], map_owners[maps]),
-        *_segment_problems(owners, segment_ids, labels, boxes, rows.categories),
+        *_segment_problems(owners, segment_ids, labels, rows.categories),
+        *bad_numbers(owners, boxes, area, iscrowd),
         ("categories whose isthing is not 0 or 1", [c for c in rows.categories if c.get("isthing") not in (0, 1)]),
     ])  # fmt: skip
     return PanopticIndex(
@@ -65,8 +68,8 @@ def read_panoptic_index(path: str | Path) -> PanopticIndex:
         first=np.searchsorted(owners[order], np.append(images["image_ids"], np.iinfo(np.int64).max)),
         boxes=boxes[order],
         labels=labels[order],
-        area=np.asarray(rows.area)[order],
-        iscrowd=np.asarray(rows.iscrowd)[order].astype(np.int64),
+        area=area[order],
+        iscrowd=iscrowd[order].astype(np.int64),
         categories={whole(c["id"]): str(c.get("name", c["id"])) for c in rows.categories},
         segment_ids=segment_ids[order],
         map_names=np.array(rows.map_names, dtype=str)[maps],
@@ -83,7 +86,7 @@ def _map_problems(image_ids: np.ndarray, map_owners: np.ndarray) -> list[tuple[s
 
 
 def _segment_problems(
-    owners: np.ndarray, ids: np.ndarray, labels: np.ndarray, boxes: np.ndarray, categories: list[dict]
+    owners: np.ndarray, ids: np.ndarray, labels: np.ndarray, categories: list[dict]
 ) -> list[tuple[str, Iterable]]:
     keys, times = np.unique(np.stack([owners, ids]), axis=1, return_counts=True)
 
@@ -94,6 +97,9 @@ def _segment_problems(
     return [
         ("segments that share an id within an image", [f"image {i} (segment {s})" for i, s in keys.T[times > 1]]),
         ("segments with an id below 1 (0 is void)", examples(ids < 1)),
+        (
+            f"segments with an id above {LARGEST_ID} (a map's colours end there)",
+            examples(ids > LARGEST_ID),
+        ),
         ("segments of a category that is not listed", examples(~np.isin(labels, [c["id"] for c in categories]))),
-        ("segments whose box is not finite", examples(~np.isfinite(boxes).all(1))),
     ]

@@ -17,6 +17,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from datasets import coco, coco_panoptic
+from datasets.json_file import read_json
 from util.flags import with_defaults
 from util.logger import logger
 
@@ -62,6 +63,8 @@ def generate(root: str | Path, counts: dict[str, int], image_size: int = 192, cl
     root, numbers = Path(root), {**counts, "size": image_size, "classes": classes, "seed": seed}
     if image_size < SMALLEST:
         raise ValueError(f"shapes cannot be recognised on {image_size} pixels: choose {SMALLEST} or more")
+    if min(counts.values()) < 1:
+        raise ValueError(f"{' and '.join(map(str, counts.values()))} images of shapes: at least 1 in each part")
     if not 1 <= classes <= len(THINGS):
         raise ValueError(f"there are shapes for 1 to {len(THINGS)} classes, not {classes}")
     if root.exists() and any(root.iterdir()):
@@ -84,7 +87,8 @@ def generate(root: str | Path, counts: dict[str, int], image_size: int = 192, cl
 
 
 def _check_numbers(path: Path, numbers: dict[str, int]) -> None:
-    there = json.loads(path.read_text()) if path.is_file() else numbers
+    there = read_json(path) if path.is_file() else numbers
+    there = there if isinstance(there, dict) else {}
     other = [f"{name} {there.get(name)}, not {value}" for name, value in numbers.items() if there.get(name) != value]
     if other:
         raise ValueError(f"{path.parent} holds shapes of other settings ({'; '.join(other)}): choose another folder")

@@ -1,13 +1,15 @@
 """What tools/check_dataset.py sees in a dataset, and whether its verdict is training's own."""
 
 import json
+import re
 import shutil
 
+import numpy as np
 import pytest
 from PIL import Image
 
 from datasets import build_dataset
-from tests.helpers import parse
+from tests.helpers import parse, write_panoptic
 from tools.check_dataset import main
 from tools.cli import exit_status
 
@@ -70,8 +72,9 @@ def test_sizes_queries_and_parts_are_compared(coco_root, capsys):
     shutil.copy(coco_root / "train2017" / "000000000011.jpg", coco_root / "val2017" / "000000000011.jpg")
     change(coco_root, "val", lambda content: content["images"][0].update(file_name="000000000011.jpg"))
     status, text = report(coco_root, capsys, "--num_queries", "1")
-    assert status == 0
-    assert "000000000013.jpg is [48, 64], not [48, 65]" in text
+    assert status == 1
+    (line,) = [line for line in text.splitlines() if "000000000013.jpg is [48, 64], not [48, 65]" in line]
+    assert "FATAL: 1 images of another (height, width) than listed, training would stop there" in line
     assert "2 images with more objects than the 1 queries (--num_queries): image 11 (2), image 12 (2)" in text
     assert "1 is 'cat' in train, 'bird' in val" in text
     assert "1 images that are in both parts (trained on, then evaluated on): 000000000011.jpg" in text
@@ -146,3 +149,91 @@ def test_check_dataset_allows_boxes_one_pixel_outside(coco_root, capsys):
     assert "outside the image" not in report(coco_root, capsys)[1]
     change(coco_root, "train", lambda content: content["annotations"][0].update(bbox=[-1.5, 0, 65.5, 49.5]))
     assert "outside the image" in report(coco_root, capsys)[1]
+
+
+TRIANGLE = [[0, 0, 9, 0, 9, 9]]
+
+
+def with_segmentations(root, first):
+    change(root, "train", lambda c: [a.update(segmentation=TRIANGLE) for a in c["annotations"]])
+    change(root, "train", lambda c: c["annotations"][0].update(segmentation=first))
+
+
+@pytest.mark.parametrize("segmentation", [
+    [[10, 20, 50, 70]], TRIANGLE[0], [[*TRIANGLE[0], 3]], [[{"x": 1, "y": 2}] * 3], [[0, None, 9, 0, 9, 9]],
+    [[0, 1e9, 9, 0, 9, 9]], {"size": [64, 48], "counts": [3072]}, {"size": 5, "counts": [3]}, "text",
+])  # fmt: skip
+def test_segmentations_that_masks_could_not_use_are_fatal(coco_root, capsys, segmentation):
+    with_segmentations(coco_root, segmentation)
+    with pytest.raises(ValueError, match="1 segmentations that cannot be drawn"):
+        build_dataset("train", parse(f"--coco_path {coco_root} --masks"))
+    status, text = report(coco_root, capsys)
+    assert status == 1 and "FATAL: 1 segmentations cannot be drawn, --masks would not start" in text
+    assert report(coco_root, capsys, "--boxes_only")[0] == 0
+
+
+def test_segmentations_that_masks_can_use_are_no_problem(coco_root, capsys):
+    with_segmentations(coco_root, [*TRIANGLE, [1, 2, 3, 4]])
+    build_dataset("train", parse(f"--coco_path {coco_root} --masks"))
+    status, text = report(coco_root, capsys)
+    assert status == 0 and "segmentations                none: only boxes can be trained" in text  # the other part
+
+
+def test_annotations_without_a_segmentation_beside_others_are_a_warning(coco_root, capsys):
+    with_segmentations(coco_root, None)
+    status, text = report(coco_root, capsys)
+    assert status == 0 and "1 annotations without a segmentation (--masks would not start): 11" in text
+
+
+def test_files_outside_the_folder_are_not_opened_unless_allowed(coco_root, capsys):
+    (coco_root / "secret.jpg").write_text("no picture")
+    change(coco_root, "train", lambda c: c["images"][0].update(file_name="../secret.jpg"))
+    change(coco_root, "val", lambda c: c["images"][0].update(file_name="../secret.jpg"))
+    status, text = report(coco_root, capsys, "--output", str(coco_root / "sheet.png"))
+    assert status == 1 and "1 images outside" in text and "cannot be decoded" not in text and "both parts" not in text
+    status, text = report(coco_root, capsys, "--allow", "outside_paths")
+    assert status == 1 and "1 images outside" not in text and "secret.jpg: not a readable image" in text
+
+
+@pytest.mark.parametrize("flags", ["--num_classes 0", "--num_queries -1", "--count 0", "--coco_panoptic_path gone"])
+def test_flags_of_check_dataset_that_make_no_sense_are_refused(coco_root, capsys, flags):
+    assert exit_status(lambda: main(["--coco_path", str(coco_root), *flags.split()])) == 2
+    assert flags.split()[0] in capsys.readouterr().err
+
+
+@pytest.fixture
+def panoptic_root(tmp_path):
+    ids = np.ones((48, 64), int)
+    ids[10:30, 10:40] = 2
+    for part in ("train", "val"):
+        write_panoptic(tmp_path / "p", {1: (ids, {1: (7, 0), 2: (1, 0)}), 2: (ids, {1: (7, 0), 2: (2, 0)})}, part)
+    return tmp_path / "p"
+
+
+def other_map(pixels):
+    def spoil(root):
+        Image.fromarray(np.array(pixels, np.uint8).repeat(16, 0).repeat(16, 1)).save(root / "panoptic_train2017/2.png")
+
+    return spoil  # fmt: skip
+
+
+def instances_of_others(root):
+    content = {"images": [{"id": 9, "file_name": "9.jpg"}], "annotations": [], "categories": [{"id": 1, "name": "cat"}]}
+    (root / "annotations/instances_train2017.json").write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize("spoil, words", [
+    (other_map([[[1, 0, 0]] * 4] * 3), "2.png: the map does not go with its segments_info"),
+    (other_map([[[1, 0, 0], [2, 0, 0]]]), r"2.png: \[16, 32\] .height, width., not \[48, 64\]"),
+    (other_map([[1, 1, 2, 2]] * 3), "2.png: a panoptic map of one channel"),
+    (lambda root: (root / "panoptic_train2017/2.png").write_text("x"), "2.png: not a readable panoptic map"),
+    (lambda root: (root / "panoptic_train2017/2.png").unlink(), "1 panoptic maps that are not in"),
+    (instances_of_others, "2 images of .*, which the instances file lacks"),
+])  # fmt: skip
+def test_panoptic_maps_are_checked_with_their_pixels(panoptic_root, capsys, spoil, words):
+    flags = ("--coco_panoptic_path", str(panoptic_root), "--decode")
+    status, text = report(panoptic_root, capsys, *flags)
+    assert status == 0 and "2, with 4 annotations" in text
+    spoil(panoptic_root)
+    status, text = report(panoptic_root, capsys, *flags)
+    assert status == 1 and re.search(f"(?s)FATAL: .*{words}", text)

@@ -10,7 +10,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from datasets import coco_eval
-from datasets.coco import index_coco, load_coco_api
+from datasets.coco_api import index_coco, load_coco_api
 from datasets.coco_eval import CocoEvaluator, curves
 
 BACKENDS = ("pycocotools", "hotcoco")
@@ -112,9 +112,10 @@ def test_ap_of_the_ground_truth_is_one(truth):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_summarize_prints_the_twelve_numbers(truth, capsys, backend):
+def test_summarize_prints_the_twelve_numbers(truth, caplog, backend):
+    caplog.set_level("INFO", logger="detr")
     numbers(truth, detections(truth), backend)
-    lines = capsys.readouterr().out.splitlines()
+    lines = caplog.messages[-1].splitlines()
     assert lines[0] == "IoU metric: bbox" and len(lines) == 13
     assert lines[1].strip().startswith("Average Precision") and lines[1].endswith("= 1.000")
 
@@ -141,9 +142,9 @@ def test_ap_without_detections_is_zero(truth, backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_ap_without_annotated_objects_is_minus_one_with_a_warning(truth, capsys, backend):
+def test_ap_without_annotated_objects_is_minus_one_with_a_warning(truth, caplog, backend):
     assert numbers(truth, {13: {}}, backend)[0] == -1
-    assert "AP (bbox) is -1: the 1 evaluated images have no annotated object" in capsys.readouterr().out
+    assert "AP (bbox) is -1: the 1 evaluated images have no annotated object" in caplog.text
 
 
 def test_evaluator_with_detections_of_unknown_images_raises(truth):
@@ -288,15 +289,16 @@ def test_functions_of_the_old_evaluator_give_the_same_ap(truth):
     assert np.array_equal(whole.eval["precision"], expected.coco_eval["bbox"].eval["precision"])
 
 
-def test_images_with_more_objects_than_ap_counts_are_named(capsys):
+def test_images_with_more_objects_than_ap_counts_are_named(caplog):
     boxes = [[k % 15 * 8, k // 15 * 9, 6, 7] for k in range(101)]
     annotations = [{"image_id": 5, "category_id": 1, "bbox": box, "area": 42, "iscrowd": 0} for box in boxes]
     content = {"images": [{"id": 5}], "annotations": annotations, "categories": [{"id": 1, "name": "a"}]}
     numbers(index_coco(content), {5: {}})
-    assert "1 images have more than 100 objects" in capsys.readouterr().out
+    assert "1 images have more than 100 objects" in caplog.text
     content["annotations"] = annotations[:100]
+    caplog.clear()
     numbers(index_coco(content), {5: {}})
-    assert "more than 100 objects" not in capsys.readouterr().out
+    assert "more than 100 objects" not in caplog.text
 
 
 @pytest.mark.parametrize("backend", ["auto", "pycocotools"])

@@ -11,6 +11,7 @@ from PIL import Image
 
 from datasets import build_dataset, get_coco_api_from_dataset
 from datasets.coco import load_coco_api
+from datasets.coco_backends import pick_backend
 from datasets.coco_panoptic import CocoPanoptic, build
 from tests.helpers import parse, write_panoptic
 
@@ -168,6 +169,13 @@ def test_a_missing_map_and_one_of_other_ids_are_named(root):
     (lambda d: d["annotations"][0]["segments_info"][1].update(category_id=5), "image 20 .segment 3, category 5"),
     (lambda d: d["annotations"][0]["segments_info"][1].update(id=0), "below 1"),
     (lambda d: d["annotations"][0]["segments_info"][1].update(bbox=[1, 2]), "cannot be read"),
+    (lambda d: d["annotations"][0]["segments_info"][1].update(id=256**3), "above 16777215 .*segment 16777216"),
+    (lambda d: d["annotations"][0]["segments_info"][1].update(area=-3), r"1 areas that are negative.*image 20"),
+    (lambda d: d["annotations"][0]["segments_info"][1].update(area=float("nan")), "1 areas that are negative or not"),
+    (lambda d: d["annotations"][0]["segments_info"][1].update(iscrowd=2), "1 values of iscrowd other than 0 and 1"),
+    (lambda d: d["annotations"][0].update(file_name=None), "1 records that cannot be read"),
+    (lambda d: d["annotations"][0].update(file_name="../20.png"), "1 panoptic maps outside .*--allow outside_paths"),
+    (lambda d: d["images"][0].update(file_name="/20.jpg"), "1 images outside .*--allow outside_paths"),
     (lambda d: d.pop("categories"), "no list named 'categories'"),
     (lambda d: d["categories"][0].pop("isthing"), "1 categories whose isthing is not 0 or 1: .*cat"),
     (lambda d: d["categories"][0].update(isthing="1"), "1 categories whose isthing is not 0 or 1: .*cat"),
@@ -180,6 +188,34 @@ def test_annotations_that_cannot_be_used_are_named(root, change, words):
     path.write_text(json.dumps(content))
     with pytest.raises(ValueError, match=f"(?s)panoptic_val2017.json.*{words}"):
         raw(root)
+
+
+def test_maps_of_one_channel_are_refused_at_the_start(root):
+    ids = np.where(scene()[0] > 255, 5, scene()[0])
+    Image.fromarray(ids.astype(np.uint8)).save(root / "panoptic_val2017" / "20.png")
+    with pytest.raises(ValueError, match="20.png: a panoptic map of one channel"):
+        raw(root)
+    assert len(raw(root, masks=False)) == 2  # maps are not read
+
+
+def test_panoptic_data_with_masks_need_hotcoco(root, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="computed by the package hotcoco: pip install hotcoco"):
+        raw(root)
+    with pytest.raises(ValueError, match="needs the package hotcoco"):
+        pick_backend("hotcoco")
+    raw(root, masks=False)
+
+
+def test_polygons_of_the_instances_file_are_checked_before_masks_are_evaluated(root):
+    content = {"images": [{"id": i, "file_name": f"{i}.jpg", "height": 48, "width": 64} for i in (3, 20)]}
+    content["categories"] = [{"id": 1, "name": "cat"}, {"id": 2, "name": "dog"}]
+    record = {"id": 5, "image_id": 20, "category_id": 2, "bbox": [1, 2, 3, 4]}
+    content["annotations"] = [{**record, "segmentation": [[0, 0, 1e9, 0, 9, 9]]}]
+    (root / "annotations/instances_val2017.json").write_text(json.dumps(content))
+    assert built("val", root).coco.anns.keys() == {5}
+    with pytest.raises(ValueError, match="1 segmentations that cannot be drawn: image 20"):
+        built("val", root, "--masks").coco  # noqa: B018
 
 
 def test_missing_paths_are_named(root, tmp_path):

@@ -3,7 +3,9 @@ import pytest
 import torch
 from PIL import Image
 
-from datasets.images import read_image
+from datasets.images import allow_large_images, decoding, read_image, read_upright
+from datasets.loaders import SkipUnreadable
+from datasets.masks import read_segment_ids
 
 RGB = np.random.default_rng(0).integers(0, 256, (4, 5, 3), dtype=np.uint8).repeat(4, 0).repeat(4, 1)
 
@@ -45,11 +47,47 @@ def test_pixels_of_32_bits_are_refused(tmp_path, dtype, mode):
 
 
 @pytest.mark.parametrize("suffix", ["jpg", "png"])
-def test_an_image_of_too_many_pixels_is_refused(tmp_path, suffix, monkeypatch):
+@pytest.mark.parametrize("read", [read_image, read_upright, read_segment_ids])
+def test_an_image_of_too_many_pixels_is_refused_unless_allowed(tmp_path, suffix, read, monkeypatch):
     Image.fromarray(RGB).save(tmp_path / f"big.{suffix}")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
-    with pytest.raises(ValueError, match=f"big.{suffix}.*exceeds limit of 200 pixels"):
-        read_image(tmp_path / f"big.{suffix}")
+    with pytest.raises(ValueError, match=f"big.{suffix}.*exceeds limit of 200 pixels.*; --allow large_images reads it"):
+        read(tmp_path / f"big.{suffix}")
+    allow_large_images()
+    read(tmp_path / f"big.{suffix}")
+
+
+@pytest.mark.parametrize("error", [IndexError("x"), EOFError(), KeyError(3), OverflowError("x"), SyntaxError("x")])
+def test_whatever_a_decoder_raises_names_the_file(error):
+    with pytest.raises(ValueError, match=r"a\\x1b.jpg: not a readable image"), decoding("a\x1b.jpg"):
+        raise error
+
+
+def test_errors_of_the_system_are_not_blamed_on_the_image(tmp_path):
+    with pytest.raises(OSError, match="a.jpg: Stale file handle"), decoding(tmp_path / "a.jpg"):
+        raise OSError(116, "Stale file handle")
+    with pytest.raises(OSError, match="Is a directory"):
+        read_image(tmp_path)
+
+
+class Failing:
+    def __init__(self, error):
+        self.error = error
+
+    def __len__(self):
+        return 3
+
+    def __getitem__(self, index):
+        if index == 0:
+            raise self.error
+        return index
+
+
+def test_only_images_at_fault_are_skipped():
+    for error in (ValueError("damaged"), FileNotFoundError("gone")):
+        assert SkipUnreadable(Failing(error))[0] == 1
+    with pytest.raises(OSError, match="Stale"):
+        SkipUnreadable(Failing(OSError(116, "Stale file handle")))[0]
 
 
 def test_exif_rotation_is_not_applied(tmp_path):

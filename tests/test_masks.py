@@ -8,7 +8,15 @@ import torch
 from PIL import Image
 from pycocotools import mask as mask_api
 
-from datasets.masks import check_segment_ids, decode_mask, decode_masks, encode_masks, read_segment_ids
+from datasets.masks import (
+    check_colours,
+    check_segment_ids,
+    decode_mask,
+    decode_masks,
+    encode_masks,
+    read_segment_ids,
+    usable_polygons,
+)
 
 DRAWN = np.zeros((6, 8), bool)
 DRAWN[1:4, 2:7] = True
@@ -39,6 +47,12 @@ def test_polygons_and_runs_compressed_or_not_are_the_same_mask():
     ({"size": [6, 8], "counts": "11"}, "2 pixels for an image of 48"),
     ({"size": [6, 8], "counts": "abc"}, "compressed text"), ({"size": [6, 8], "counts": ""}, "compressed text"),
     ({"size": [6, 8], "counts": [-8, 56]}, "48 pixels"), ({"size": [6, 8], "counts": [24.5, "x"]}, "not whole numbers"),
+    ({"size": [6, 8], "counts": [24.5, 23.5]}, "not whole numbers"), ({"size": [6, 8], "counts": [[24, 24]]}, "whole"),
+    ({"size": [6, 8], "counts": [2**62, 2**62, 2**62, 2**62 + 48]}, "pixels for an image of 48"),
+    ({"size": 48, "counts": [48]}, "of size 48"), ({"size": None, "counts": [48]}, "of size None"),
+    ({"size": [6, 8], "counts": []}, "0 pixels"), ({"size": [6, 8], "counts": 48}, "not whole numbers"),
+    ({"size": [6, 8], "counts": [float("nan")]}, "not whole numbers"),
+    ([[1, 1, 10**400, 1, 9, 9]], "not finite"), ([[1, 1, 9, 1, 9, True, "9", 9]], "not a number"),
 ])  # fmt: skip
 def test_broken_masks_are_named(broken, words):
     with pytest.raises(ValueError, match=f"a.json: image 7: segmentation 1 .*{words}"):
@@ -87,3 +101,28 @@ def test_a_map_of_one_channel_holds_the_ids(tmp_path, dtype, factor):
     ids = np.array([[1, 1, 2], [2, 0, 7]]) * factor
     Image.fromarray(ids.astype(dtype)).save(tmp_path / "grey.png")
     assert np.array_equal(read_segment_ids(tmp_path / "grey.png"), ids)
+
+
+@pytest.mark.parametrize("mode", ["LA", "CMYK", "F", "1"])
+def test_a_map_of_other_pixels_is_refused(tmp_path, mode):
+    Image.new(mode, (4, 3)).save(tmp_path / "a.tiff")
+    with pytest.raises(ValueError, match=f"a.tiff: not a readable panoptic map .*mode {mode}"):
+        read_segment_ids(tmp_path / "a.tiff")
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "P"])
+def test_a_map_of_colours_is_allowed_and_grey_is_named(tmp_path, mode):
+    Image.new("RGB", (4, 3), (7, 1, 0)).convert(mode).save(tmp_path / "a.png")
+    check_colours([tmp_path / "a.png"])
+    assert (read_segment_ids(tmp_path / "a.png") == 263).all() or mode == "P"
+    Image.new("L", (4, 3)).save(tmp_path / "grey.png")
+    with pytest.raises(ValueError, match="grey.png: a panoptic map of one channel .grey, mode L.*RGB"):
+        check_colours([tmp_path / "a.png", tmp_path / "grey.png"])
+
+
+def test_polygons_of_many_points_are_bounded_by_each_coordinate():
+    long = [5000.0] * 2000  # as one vector longer than the largest coordinate
+    assert usable_polygons([long]) == [long]
+    for bad in (float("nan"), -1e5, 1e5, float("inf")):
+        with pytest.raises(ValueError, match="not finite or beyond 100000"):
+            usable_polygons([[*long, bad, 1.0]])

@@ -150,3 +150,18 @@ def test_panoptic_quality_equals_the_official_numbers():
         group: expected[group] for group in ("All", "Things", "Stuff")
     }
     assert result["per_class"] == {int(label): numbers for label, numbers in expected["per_class"].items()}
+
+
+def test_panoptic_evaluator_reads_true_maps_only_inside_their_folder(truth):
+    content = json.loads(truth[0].read_text())
+    content["annotations"][0]["file_name"] = "../panoptic_val2017/1.png"
+    truth[0].write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="1 panoptic maps outside"):
+        PanopticEvaluator(*truth, None)
+    PanopticEvaluator(*truth, None, allow_outside=True)
+
+
+def test_panoptic_evaluator_without_hotcoco_names_the_package(truth, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="the package hotcoco: pip install hotcoco"):
+        PanopticEvaluator(*truth, None)

@@ -450,3 +450,95 @@ def test_tools_run_from_another_folder(tmp_path):
     assert len(scripts) == 5 and all(script.read_text().count(line) == 1 for script in scripts)
     done = subprocess.run([sys.executable, folder / "predict.py", "gone.jpg"], cwd=tmp_path, capture_output=True)
     assert done.returncode == 2 and done.stderr.startswith(b"error: which model?")
+
+
+@pytest.mark.parametrize("change", [
+    {"bbox": [1, 2, 3]}, {"bbox": [1, 2, 3, float("nan")]}, {"bbox": None}, {"score": "0.5"}, {"score": float("inf")},
+    {"image_id": "21"}, {"category_id": None}, {"bbox": [1, 2, 3, 10**400]},
+])  # fmt: skip
+def test_sheet_of_a_result_file_with_a_bad_entry_is_refused(coco_root, tmp_path, change, capsys):
+    good = {"image_id": 21, "category_id": 1, "bbox": [1, 2, 3, 4], "score": 0.9}
+    assert sheet(coco_root, tmp_path, [good]) == 0
+    assert sheet(coco_root, tmp_path, [good, good | change]) == 2
+    assert "entry 1 is not a detection" in capsys.readouterr().err
+
+
+def sheet(coco_root, tmp_path, records, *more):
+    (tmp_path / "found.json").write_text(json.dumps(records))
+    annotations = coco_root / "annotations/instances_val2017.json"
+    flags = ["--annotations", annotations, "--images", coco_root / "val2017", "--output", tmp_path / "s.png", *more]
+    return exit_status(lambda: show_predictions.main([*map(str, flags), "--predictions", str(tmp_path / "found.json")]))
+
+
+def test_sheet_of_predictions_with_other_ids_is_refused(coco_root, tmp_path, capsys):
+    record = {"image_id": 21, "category_id": 1, "bbox": [1, 2, 3, 4], "score": 0.9}
+    assert sheet(coco_root, tmp_path, [record | {"image_id": 99}]) == 2
+    assert "holds no detection in an image of" in capsys.readouterr().err
+    assert sheet(coco_root, tmp_path, [record | {"category_id": 80}]) == 2
+    assert "no detection is of a category of" in capsys.readouterr().err
+    assert sheet(coco_root, tmp_path, [record, record | {"category_id": 80}]) == 0
+    assert "detections of categories that" in capsys.readouterr().out
+
+
+def test_sheet_reads_images_only_inside_their_folder(coco_root, tmp_path, capsys):
+    path = coco_root / "annotations/instances_val2017.json"
+    content = json.loads(path.read_text())
+    content["images"][0]["file_name"] = "../val2017/000000000021.jpg"
+    path.write_text(json.dumps(content))
+    record = {"image_id": 21, "category_id": 1, "bbox": [1, 2, 3, 4], "score": 0.9}
+    assert sheet(coco_root, tmp_path, [record]) == 2
+    assert "lies outside" in capsys.readouterr().err
+    assert sheet(coco_root, tmp_path, [record], "--allow", "outside_paths") == 0
+
+
+@pytest.mark.parametrize("name", ["image", "map"])
+def test_panoptic_sheet_reads_files_only_inside_their_folders(tmp_path, name, capsys):
+    record = {"image_id": 1, "file_name": "../1.png", "segments_info": []}
+    (tmp_path / "found").mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / "1.jpg")
+    content = {"annotations": [record], "categories": [{"id": 1, "name": "a"}]}
+    (tmp_path / "found/predictions.json").write_text(json.dumps(content))
+    folder = tmp_path / "found" if name == "image" else tmp_path
+    if name == "map":
+        truth = {**content, "annotations": [], "images": [{"id": 1, "file_name": "1.jpg"}]}
+        (tmp_path / "truth.json").write_text(json.dumps(truth))
+    more = ["--truth", str(tmp_path / "truth.json")] if name == "map" else []
+    flags = [str(tmp_path / "found"), "--images", str(folder), "--output", str(tmp_path / "s.png"), *more]
+    assert exit_status(lambda: draw_panoptic.main(flags)) == 2
+    assert "1.png lies outside" in capsys.readouterr().err or name == "image"
+
+
+@pytest.mark.parametrize(
+    "content", [[1], {"annotations": [5], "categories": []}, {"annotations": [], "categories": [1]}]
+)
+def test_panoptic_sheet_of_another_format_is_refused(tmp_path, content):
+    (tmp_path / "predictions.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="not in COCO's panoptic format"):
+        draw_panoptic.read_panoptic(tmp_path / "predictions.json")
+
+
+def test_predictor_with_meaningless_numbers_is_refused(checkpoint):
+    predictor = Predictor.from_checkpoint(checkpoint, "cpu")
+    image = torch.zeros(3, 32, 32, dtype=torch.uint8)
+    for threshold in (float("nan"), -0.1, 1.1):
+        with pytest.raises(ValueError, match="a score between 0 and 1"):
+            predictor(image, threshold)
+    for sizes in ((-5, 100), (0, 10), (100, 50)):
+        with pytest.raises(ValueError, match="min_size"):
+            Predictor(predictor.model, predictor.postprocessors, {}, *sizes, device="cpu")
+
+
+def test_predictions_that_are_not_finite_are_an_error_of_their_image(checkpoint):
+    predictor = Predictor.from_checkpoint(checkpoint, "cpu")
+    image = torch.zeros(3, 32, 32, dtype=torch.uint8)
+    (found,) = predict.predict_each(predictor, [image], 0)
+    assert not isinstance(found, str)
+    predictor.model.bbox_embed.layers[-1].bias.data.fill_(float("nan"))
+    assert predict.predict_each(predictor, [image], 0) == ["no prediction: the model's numbers are not finite"]
+
+
+def test_large_images_are_predicted_on_when_allowed(coco_root, checkpoint, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    flags = (coco_root / "val2017", "--checkpoint", checkpoint, "--output", tmp_path / "o", "--show", "none")
+    assert run(*flags) == 1 and "--allow large_images reads it" in capsys.readouterr().err
+    assert run(*flags, "--allow", "large_images") == 0

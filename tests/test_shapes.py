@@ -99,3 +99,16 @@ def test_a_folder_of_other_settings_is_refused(tmp_path):
     with pytest.raises(ValueError, match="on 8 pixels"):
         shapes.generate(tmp_path / "small", counts, 8)
     shapes.generate(tmp_path / "small", counts, shapes.SMALLEST)
+
+
+@pytest.mark.parametrize("counts", [{"train": 0, "val": 2}, {"train": 2, "val": -1}])
+def test_shapes_without_images_are_refused_before_anything_is_written(tmp_path, counts):
+    with pytest.raises(ValueError, match="at least 1 in each part"):
+        shapes.generate(tmp_path / "s", counts)
+    assert not (tmp_path / "s").exists()
+
+
+def test_shapes_with_unreadable_settings_are_named(tmp_path):
+    (tmp_path / "shapes.json").write_text("{broken")
+    with pytest.raises(ValueError, match="shapes.json: not a JSON file"):
+        shapes.generate(tmp_path, {"train": 1, "val": 1})

@@ -384,6 +384,8 @@ def machine(device: str) -> str:
 def main(argv: list[str] | None = None) -> list[dict]:
     """Measure, print a table for each subject, and return the rows."""
     options = get_args_parser().parse_args(argv)
+    if min(options.rounds, options.copies, options.queries, options.threads, *options.batch) < 1:
+        raise SystemExit("--rounds, --copies, --queries, --threads and --batch are at least 1")
     if options.peer not in (None, "transformers") and not Path(options.peer, "main.py").is_file():
         raise SystemExit(f"--peer {options.peer}: neither transformers nor a folder with a main.py in it")
     if options.tree:

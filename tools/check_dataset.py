@@ -2,6 +2,9 @@
 
 python tools/check_dataset.py --coco_path /data/mine                                       # COCO's layout
 python tools/check_dataset.py --images photos --annotations labels.json --output sheet.png
+python tools/check_dataset.py --coco_path /data/mine --coco_panoptic_path /data/mine       # panoptic maps too
+
+Segmentations are checked as --masks needs them, where there are any; --boxes_only leaves them out.
 
 Exit status: 0, training would start; 1, it would not, or would stop on the way; 2, wrong use of this tool.
 """
@@ -9,187 +12,19 @@ Exit status: 0, training would start; 1, it would not, or would stop on the way;
 import argparse
 import filecmp
 import sys
-from collections import Counter
-from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 from PIL import Image
-from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from datasets.coco_index import CocoIndex, check_against_folder, check_classes, read_coco_index
-from datasets.images import read_image
+from datasets.coco import ALLOWED
+from datasets.images import allow_large_images, read_image
 from tools.cli import exit_status, printable
+from tools.dataset_report import Options, Part, Report, inspect_part
 from tools.draw import class_colour, class_name, contact_sheet, draw_boxes, fit, titled, to_pil
 
-EXAMPLES = 5  # named for each problem
 RED = (255, 0, 0)
-ROTATION = 0x0112  # EXIF's tag for the orientation of the camera
-UNKNOWN_SIZE = 10**6  # in place of an unknown image side, so that no box reaches outside
-IN_TRAINING = {  # what training does about problems that hotcoco finds
-    "degenerate_bbox": "training drops them",
-    "bbox_out_of_bounds": "training clamps them, and drops those wholly outside",
-    "near_duplicate": "two queries must then learn one object",
-}
-
-
-@dataclass
-class Report:
-    """What is known of one part of a dataset, and its problems."""
-
-    part: str
-    images: Path
-    fatal: list[str] = field(default_factory=list)  # training would not start, or would stop
-    warnings: list[str] = field(default_factory=list)
-    table: list[tuple[str, str]] = field(default_factory=list)
-    suspects: dict[int, str] = field(default_factory=dict)  # position of an image: why it is suspicious
-    bad_boxes: set[int] = field(default_factory=set)  # positions of annotations
-    index: CocoIndex | None = None
-
-    def warn(self, problem: str, examples: Iterable, images: Iterable[int] = ()) -> None:
-        """Add a problem, if there are examples of it; `images` are drawn on the sheet."""
-        examples = list(examples)
-        if examples:
-            self.warnings.append(f"{len(examples)} {problem}: {_some(examples)}")
-            for i in images:
-                self.suspects.setdefault(int(i), problem.split(" (")[0])
-
-
-def _some(examples: Sequence) -> str:
-    return ", ".join(map(str, examples[:EXAMPLES])) + (", ..." if len(examples) > EXAMPLES else "")
-
-
-def inspect_part(
-    part: str, images: Path, annotations: Path, num_classes: int | None, num_queries: int, decode: bool
-) -> Report:
-    """Check an image folder with its annotation file."""
-    report = Report(part, images)
-    try:
-        report.index = index = read_coco_index(annotations)
-    except (ValueError, FileNotFoundError) as error:
-        report.fatal.append(str(error))
-        return report
-    classes = num_classes or index.num_classes
-    for check in (lambda: check_against_folder(index, images), lambda: check_classes(index, classes)):
-        try:
-            check()
-        except (ValueError, FileNotFoundError) as error:
-            report.fatal.append(str(error))
-    sizes = _check_files(report, index) if decode and images.is_dir() else index.sizes
-    _check_images(report, index, num_queries)
-    _check_annotations(report, index, sizes, classes)
-    return report
-
-
-def _check_files(report: Report, index: CocoIndex) -> np.ndarray:
-    """Decode every image; return true sizes [N, 2] (height, width), or the annotated ones where that fails."""
-
-    def look(i: int) -> tuple[int, int, str, bool]:
-        path = report.images / str(index.file_names[i])
-        if not path.is_file():
-            return 0, 0, "", False  # reported already
-        try:
-            height, width = read_image(path).shape[-2:]
-            with Image.open(path) as image:
-                return height, width, "", image.getexif().get(ROTATION, 1) != 1
-        except (ValueError, OSError, Image.DecompressionBombError) as error:
-            return 0, 0, str(error) if str(path) in str(error) else f"{path}: {error}", False
-
-    with ThreadPoolExecutor() as pool:
-        results = pool.map(look, range(len(index.image_ids)))
-        rows = list(tqdm(results, "decoding", len(index.image_ids), disable=None))
-    broken = [error for *_, error, _ in rows if error]
-    if broken:
-        report.fatal.append(f"{len(broken)} images cannot be decoded, training would stop there: {_some(broken)}")
-    sizes = np.array([row[:2] for row in rows])
-    differ = ((sizes != index.sizes) & (sizes > 0) & (index.sizes > 0)).any(1).nonzero()[0]
-    examples = [f"{index.file_names[i]} is {sizes[i].tolist()}, not {index.sizes[i].tolist()}" for i in differ]
-    report.warn("images of another (height, width) than annotated", examples, differ)
-    rotated = np.array([row[3] for row in rows]).nonzero()[0]
-    names = index.file_names[rotated].tolist()
-    report.warn("images with a rotation tag, which training ignores (boxes refer to stored pixels)", names, rotated)
-    return np.where(sizes > 0, sizes, index.sizes)
-
-
-def _check_images(report: Report, index: CocoIndex, num_queries: int) -> None:
-    """Count the objects of each image."""
-    objects = np.diff(index.first)
-    report.table.append(("images", f"{len(objects)}, with {len(index.labels)} annotations"))
-    report.table.append(("objects in an image", f"{objects.mean():.1f} on average, {objects.max()} at most"))
-    report.table.append(("images without objects", f"{(objects == 0).sum()} (they train as background)"))
-    report.table.append(("crowds", f"{index.iscrowd.sum()} (not trained on; evaluation ignores detections in them)"))
-    crowded = (objects > num_queries).nonzero()[0]
-    examples = [f"image {index.image_ids[i]} ({objects[i]})" for i in crowded]
-    report.warn(f"images with more objects than the {num_queries} queries (--num_queries)", examples, crowded)
-    if (objects == 0).mean() > 0.5:
-        report.warnings.append("more than half of the images have no objects: are annotations missing?")
-    report.warn("files listed more than once", _repeated(index.file_names.tolist()))
-    report.warn("names used for several categories", _repeated(index.categories.values()))
-
-
-def _repeated(names: Iterable[str]) -> list[str]:
-    return [name for name, count in Counter(names).items() if count > 1]
-
-
-def _check_annotations(report: Report, index: CocoIndex, sizes: np.ndarray, num_classes: int) -> None:
-    """Add hotcoco's statistics and the problems it finds in boxes and categories."""
-    try:
-        from hotcoco import COCO
-    except ImportError:
-        raise ValueError("this tool needs hotcoco: pip install hotcoco") from None
-    image_of = np.repeat(np.arange(len(index.image_ids)), np.diff(index.first))
-    # One pixel of slack at each border: float32 rounds, and so do annotation tools.
-    sides = (np.where(sizes > 0, sizes, UNKNOWN_SIZE) + 2).tolist()
-    boxes = index.boxes + np.array([1, 1, 0, 0])
-    images = [{"id": i, "file_name": "", "height": h, "width": w} for i, (h, w) in enumerate(sides)]
-    categories = [{"id": i, "name": name} for i, name in index.categories.items()]
-    ids = np.arange(1, len(image_of) + 1)
-    dataset = COCO.from_arrays(
-        images, categories, image_of, index.labels, boxes, ids=ids, area=index.area, iscrowd=index.iscrowd
-    )
-    health = dataset.healthcheck()
-    for problem in (*health["errors"], *health["warnings"]):
-        code, affected = problem["code"], problem["affected_ids"]
-        text = f"{problem['message'].rstrip('.')}"
-        text += f" ({IN_TRAINING[code]})" if code in IN_TRAINING else ""
-        if "category" in code:
-            examples = [class_name(index.categories, i) for i in affected]
-        else:
-            where = np.array(affected) - 1
-            boxes = np.round(index.boxes[where].astype(float), 1).tolist()
-            examples = [f"image {index.image_ids[image_of[k]]} {box}" for k, box in zip(where, boxes, strict=True)]
-            report.bad_boxes.update(where.tolist())
-            for i in image_of[where]:
-                report.suspects.setdefault(int(i), code.replace("_", " "))
-        report.warnings.append(f"{text}: {_some(examples)}")
-
-    _add_statistics(report, index, sizes, num_classes, dataset.stats()["per_category"])
-
-
-def _add_statistics(
-    report: Report, index: CocoIndex, sizes: np.ndarray, num_classes: int, per_category: list[dict]
-) -> None:
-    if (sizes > 0).all():
-        for name, side in zip(("height", "width"), sizes.T, strict=True):
-            report.table.append((f"image {name}", f"{side.min()} to {side.max()}, median {np.median(side):.0f}"))
-    area = index.boxes[:, 2] * index.boxes[:, 3]
-    small, large = (area < 32**2).sum(), (area >= 96**2).sum()
-    medium = len(area) - small - large
-    report.table.append(
-        ("object sizes", f"{small} small (box below 32 x 32), {medium} medium, {large} large (from 96 x 96)")
-    )
-    known = sorted(index.categories)
-    holes = sorted(set(range(1, known[-1] + 1)) - set(known))
-    text = f"{len(known)}, from {known[0]} to {known[-1]}: the model has {num_classes} classes"
-    report.table.append(("category ids", text))
-    if holes:
-        text = f"{len(holes)}, harmless, each costs a row of the class head: {_some(holes)}"
-        report.table.append(("unused ids", text))
-    for row in sorted(per_category, key=lambda row: row["id"]):
-        report.table.append((f"  {row['id']} {row['name']}", f"{row['ann_count']} in {row['img_count']} images"))
 
 
 def compare_parts(train: Report, val: Report) -> None:
@@ -204,7 +39,7 @@ def compare_parts(train: Report, val: Report) -> None:
     ]
     val.warn("categories that differ between the parts", differ)
     shared = sorted(set(train.index.file_names.tolist()) & set(val.index.file_names.tolist()))
-    pairs = [(train.images / name, val.images / name) for name in shared]
+    pairs = [(train.images / name, val.images / name) for name in shared if train.may_read(name)]
     same = [b.name for a, b in pairs if a.is_file() and b.is_file() and filecmp.cmp(a, b, shallow=False)]
     val.warn("images that are in both parts (trained on, then evaluated on)", same)
 
@@ -218,16 +53,19 @@ def draw_sheet(reports: list[Report], count: int) -> Image.Image | None:
         sample = {i: "sample" for i in range(0, total, max(total // share, 1))}
         for i, why in list({**report.suspects, **{**sample, **report.suspects}}.items())[:share]:
             try:
-                pictures.append(_draw(report, report.index, i, why))
+                pictures.append(_draw(report, i, why))
             except (OSError, ValueError):
                 continue  # reported already
     return contact_sheet(pictures, 4) if pictures else None
 
 
-def _draw(report: Report, index: CocoIndex, i: int, why: str) -> Image.Image:
+def _draw(report: Report, i: int, why: str) -> Image.Image:
     """Draw one image with its objects; boxes with a problem are red and dashed."""
+    index, name = report.index, str(report.index.file_names[i])
+    if not report.may_read(name):
+        raise ValueError(f"{name} lies outside {report.images}")
     where = index.annotations_of(i)
-    picture, factor = fit(to_pil(read_image(report.images / str(index.file_names[i]))), 420)
+    picture, factor = fit(to_pil(read_image(report.images / name)), 420)
     boxes = index.boxes[where].copy()
     boxes[:, 2:] += boxes[:, :2]
     bad = [k in report.bad_boxes for k in range(where.start, where.stop)]
@@ -253,6 +91,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     """Declare the flags."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
+    # fmt: off
     add("--coco_path", type=Path, help="folder with train2017/, val2017/ and annotations/")
     add("--images", type=Path, help="folder of images, for another layout")
     add("--annotations", type=Path, help="their COCO instances file")
@@ -260,25 +99,62 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--num_queries", type=int, default=100, help="as for training (default 100)")
     add("--output", help="picture sheet to write")
     add("--count", type=int, default=24, help="images on it (default 24)")
-    add("--no_decode", action="store_true", help="do not open the images (quick, but broken ones are not found)")
+    add("--coco_panoptic_path", type=Path, help="folder with panoptic_train2017/, panoptic_val2017/ and annotations/")
+    add("--boxes_only", action="store_true", help="do not check segmentations: training is without --masks")
+    add("--decode", action="store_true", default=True, help="decode every image and every map (the default)")
+    add("--no_decode", dest="decode", action="store_false",
+        help="do not open the images (quick, but broken ones are not found)")
+    add("--allow", action="append", default=[], choices=ALLOWED, help="as for training")
+    # fmt: on
     return parser
+
+
+def check_flags(args: argparse.Namespace) -> None:
+    """Raise ValueError or FileNotFoundError for flags that make no sense."""
+    if bool(args.coco_path) == bool(args.images and args.annotations):
+        raise ValueError("which dataset? Give --coco_path, or --images and --annotations")
+    if args.coco_panoptic_path and not args.coco_path:
+        raise ValueError("--coco_panoptic_path needs --coco_path, the folder of the images")
+    for name in ("coco_path", "coco_panoptic_path"):
+        folder = getattr(args, name)
+        if folder and not folder.is_dir():
+            raise FileNotFoundError(f"--{name} {folder}: no such folder")
+    for name in ("num_classes", "num_queries", "count"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise ValueError(f"--{name} {value}: at least 1")
+
+
+def parts_of(args: argparse.Namespace) -> list[Part]:
+    """Return the files of each part of the dataset."""
+    if not args.coco_path:
+        return [Part("dataset", args.images, args.annotations)]
+    parts, root, maps = [], args.coco_path, args.coco_panoptic_path
+    for name in ("train", "val"):
+        instances = root / "annotations" / f"instances_{name}2017.json"
+        if maps:
+            annotations = maps / "annotations" / f"panoptic_{name}2017.json"
+            beside = instances if instances.is_file() else None
+            parts.append(Part(name, root / f"{name}2017", annotations, maps / f"panoptic_{name}2017", beside))
+        else:
+            parts.append(Part(name, root / f"{name}2017", instances))
+    return parts
 
 
 def main(argv: list[str] | None = None) -> int:
     """Check, print and draw; return 1 if training would not start or would stop."""
     args = get_args_parser().parse_args(argv)
-    if bool(args.coco_path) == bool(args.images and args.annotations):
-        raise ValueError("which dataset? Give --coco_path, or --images and --annotations")
-    if args.coco_path and not args.coco_path.is_dir():
-        raise FileNotFoundError(f"--coco_path {args.coco_path}: no such folder")
-    parts = [("dataset", args.images, args.annotations)]
-    if args.coco_path:
-        files = args.coco_path / "annotations"
-        parts = [(p, args.coco_path / f"{p}2017", files / f"instances_{p}2017.json") for p in ("train", "val")]
-    reports, num_classes = [], args.num_classes
-    for part, images, annotations in parts:
-        reports.append(inspect_part(part, images, annotations, num_classes, args.num_queries, not args.no_decode))
-        num_classes = num_classes or (reports[0].index and reports[0].index.num_classes)
+    check_flags(args)
+    if "large_images" in args.allow:
+        allow_large_images()
+    options = Options(
+        args.num_classes, args.num_queries, args.decode, not args.boxes_only, "outside_paths" in args.allow
+    )
+    reports = []
+    for part in parts_of(args):
+        reports.append(inspect_part(part, options))
+        if options.num_classes is None and reports[0].index:
+            options = replace(options, num_classes=reports[0].index.num_classes)
     if len(reports) == 2:
         compare_parts(*reports)
     for report in reports:

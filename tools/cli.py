@@ -4,6 +4,9 @@ import sys
 from collections.abc import Callable
 
 from util.logger import configure_logging
+from util.text import printable
+
+__all__ = ["exit_status", "printable"]
 
 
 def exit_status(main: Callable[[], int | None]) -> int:
@@ -21,11 +24,3 @@ def exit_status(main: Callable[[], int | None]) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
-
-
-def printable(text: str) -> str:
-    r"""Write control characters, and bytes that are not UTF-8, as escapes such as \x1b.
-
-    File and class names come from data: raw, they could drive a terminal or break an encoder.
-    """
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from datasets.coco_index import read_json
+from datasets.files import inside
 from datasets.images import read_image
 from datasets.masks import read_segment_ids
 from tools.cli import exit_status, printable
@@ -26,6 +27,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--count", type=int, default=4, help="images to draw")
     add("--height", type=int, default=360, help="height of each image on the sheet, in pixels")
     add("--output", type=Path, default=Path("segments.png"))
+    add("--allow", action="append", default=[], choices=("outside_paths",),
+        help="read files whose names lead out of their folder")  # fmt: skip
     return parser
 
 
@@ -38,24 +41,24 @@ def main(argv: list[str] | None = None) -> None:
     if not file.is_file():
         raise FileNotFoundError(f"{file}: no such file; an evaluation with --masks on panoptic data writes it")
     predicted = read_panoptic(file)
-    names = {category["id"]: category["name"] for category in predicted["categories"]}
+    names = {category["id"]: str(category.get("name", category["id"])) for category in predicted["categories"]}
     truth = read_panoptic(args.truth) if args.truth else {"annotations": []}
     true_of = {record["image_id"]: record for record in truth["annotations"]}
     files = {record["id"]: record["file_name"] for record in truth.get("images", [])}
 
-    pictures = []
+    pictures, outside = [], "outside_paths" in args.allow
     records = predicted["annotations"][: args.count]
     for record in records:
         name = files.get(record["image_id"], record["file_name"].replace(".png", ".jpg"))
-        image = to_pil(read_image(args.images / name))
+        image = to_pil(read_image(inside(args.images, name, outside)))
         image = image.resize((round(image.width * args.height / image.height), args.height))
-        maps = [("prediction", args.predictions / record["file_name"], record)]
+        maps = [("prediction", inside(args.predictions, record["file_name"], outside), record)]
         if args.truth:
             if record["image_id"] not in true_of:
                 raise ValueError(f"{args.truth}: no image {record['image_id']}, but {file} has a map of it")
             true = true_of[record["image_id"]]
             folder = args.truth.parent.parent / args.truth.stem  # COCO's layout
-            maps.append(("truth", folder / true["file_name"], true))
+            maps.append(("truth", inside(folder, true["file_name"], outside), true))
         pictures.append(titled(image, name))
         for title, png, info in maps:
             pictures.append(titled(draw_panoptic(image, read_segment_ids(png), info["segments_info"], names), title))
@@ -66,9 +69,12 @@ def main(argv: list[str] | None = None) -> None:
 def read_panoptic(path: Path) -> dict:
     """Read a file in COCO's panoptic format. Raises FileNotFoundError, or ValueError for another format."""
     content = read_json(path)
-    maps = content.get("annotations") if isinstance(content, dict) else None
-    if not isinstance(maps, list) or "categories" not in content or not all("segments_info" in one for one in maps):
-        raise ValueError(f"{path}: not in COCO's panoptic format: it has no categories, or maps without segments_info")
+    content = content if isinstance(content, dict) else {}
+    needed = {"annotations": {"image_id", "file_name", "segments_info"}, "categories": {"id"}}
+    for name, keys in needed.items():
+        records = content.get(name)
+        if not isinstance(records, list) or not all(isinstance(r, dict) and keys <= r.keys() for r in records):
+            raise ValueError(f"{path}: not in COCO's panoptic format: expected {name} with {', '.join(sorted(keys))}")
     return content
 
 

@@ -13,14 +13,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
 
 import torch
-from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from datasets.coco_index import read_coco_index
-from datasets.images import to_rgb
+from datasets.images import allow_large_images, read_upright
 from tools.cli import exit_status, printable
 from tools.predictor import HUB_NAMES, Detections, Predictor, as_tensor
 from tools.results import OutputFolder, summary
@@ -51,6 +50,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--amp", choices=("bf16", "fp16"), help="half precision in the network")
     add("--tf32", action="store_true", help="allow TF32 in float32 products on a GPU")
     add("--upright", action="store_true", help="rotate photographs as their EXIF tag says (training never does)")
+    add("--allow", action="append", default=[], choices=("large_images",), help="read images beyond PIL's limit")
     return parser
 
 
@@ -76,7 +76,8 @@ def find_images(inputs: Sequence[str]) -> dict[Path, str]:
     for text in inputs:
         folder = Path(text)
         if folder.is_dir():
-            found = {p: p.relative_to(folder) for p in sorted(folder.rglob("*")) if p.suffix.lower() in SUFFIXES}
+            files = (path for path in sorted(folder.rglob("*")) if path.suffix.lower() in SUFFIXES)
+            found = {path: path.relative_to(folder) for path in files if path.is_file() or path.is_symlink()}
             if not found:
                 raise ValueError(f"{text}: no images in this folder ({', '.join(sorted(SUFFIXES))})")
         else:
@@ -140,31 +141,29 @@ def _listed_ids(paths: Sequence[Path], listed: dict[str, int], relative: Sequenc
 class Pictures(Dataset):
     """Image files; an item is (path, image id, uint8 RGB [3, H, W] or the sentence that says why it is unreadable)."""
 
-    def __init__(self, paths: Sequence[Path], ids: Sequence[int], upright: bool):
-        self.paths, self.ids, self.upright = paths, ids, upright
+    def __init__(self, paths: Sequence[Path], ids: Sequence[int], upright: bool, large: bool = False):
+        self.paths, self.ids, self.upright, self.large = paths, ids, upright, large
 
     def __len__(self) -> int:
         return len(self.paths)
 
     def __getitem__(self, i: int) -> tuple[Path, int, Tensor | str]:
         path = self.paths[i]
+        if self.large:
+            allow_large_images()  # here, because this may be a process of its own
         try:
-            image = as_tensor(_read_upright(path) if self.upright else path)
-        except Exception as error:  # damaged bytes can break a decoder in any way; the other images must not be lost
-            image = str(error) if str(path) in str(error) else f"{path}: {error}"
+            image = as_tensor(read_upright(path) if self.upright else path)
+        except (ValueError, OSError, MemoryError) as error:  # the other images must not be lost
+            image = str(error)
         return path, self.ids[i], image
-
-
-def _read_upright(path: Path) -> Image.Image:
-    with Image.open(path) as image:
-        return to_rgb(ImageOps.exif_transpose(image))
 
 
 def predict_each(predictor: Predictor, images: list[Tensor], threshold: float | None) -> list[Detections | str]:
     """Predict a batch; if that fails, image by image, with the error's text for each that fails alone."""
     try:
-        return predictor.predict_batch(images, threshold)
-    except (RuntimeError, ValueError) as error:
+        found = predictor.predict_batch(images, threshold)
+        return [each if each.is_finite() else "no prediction: the model's numbers are not finite" for each in found]
+    except (RuntimeError, ValueError, MemoryError) as error:
         if len(images) == 1:
             return [f"no prediction for an image of {list(images[0].shape[1:])} pixels: {error}"]
     return [predict_each(predictor, [image], threshold)[0] for image in images]
@@ -211,7 +210,7 @@ def main(argv: list[str] | None = None) -> int:
     width = min(max(len(printable(name)) for name in images.values()), 40)
     print(f"{'image':{width}}  objects  detections")
     counts, failed = Counter(), 0
-    pictures = Pictures(list(images), ids, args.upright)
+    pictures = Pictures(list(images), ids, args.upright, "large_images" in args.allow)
     loader = DataLoader(pictures, args.batch_size, collate_fn=list, num_workers=args.num_workers)
     results = predict_files(predictor, loader, args.threshold)
     try:

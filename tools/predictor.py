@@ -56,6 +56,10 @@ class Detections:
     def __len__(self) -> int:
         return len(self.scores)
 
+    def is_finite(self) -> bool:
+        """Return whether all numbers are finite; a model that diverged, or overflows in float16, gives others."""
+        return bool(self.boxes.isfinite().all() and self.scores.isfinite().all())
+
     def name(self, label: int) -> str:
         """Return the name of a class, or its number where the name is unknown."""
         return class_name(self.class_names, label)
@@ -105,6 +109,8 @@ class Predictor:
         device: str = "cuda",
         amp: str | None = None,
     ):
+        if min_size < 1 or max_size < min_size:
+            raise ValueError(f"min_size {min_size}, max_size {max_size}: at least 1, and max_size not below min_size")
         self.device = pick_device(device)
         self.model, self.postprocessors = model.to(self.device).eval(), postprocessors
         self.class_names, self.min_size, self.max_size = class_names, min_size, max_size
@@ -173,6 +179,8 @@ class Predictor:
         """Detect the objects of several images in one forward pass; images of similar sizes need less padding."""
         if not images:
             return []
+        if threshold is not None and not 0 <= threshold <= 1:
+            raise ValueError(f"threshold {threshold}: a score between 0 and 1")
         images = [as_tensor(image) for image in images]
         resized = [resize(image, None, self.min_size, self.max_size)[0] for image in images]
         with torch.autocast(self.device.type, dtype=AMP_TYPES.get(self.amp), enabled=self.amp is not None):
@@ -182,7 +190,7 @@ class Predictor:
         results, kept = [], []
         for result in self.postprocessors["bbox"](outputs, sizes):
             order = result["scores"].argsort(descending=True)
-            keep = order[result["scores"][order] >= (0.5 if threshold is None else threshold)]
+            keep = order[~(result["scores"][order] < (0.5 if threshold is None else threshold))]  # NaN is kept
             kept.append(keep)
             results.append({name: value[keep] for name, value in result.items()})
         if "segm" in self.postprocessors:  # full-size masks are large, so only those of kept queries are computed

@@ -3,7 +3,6 @@
 import base64
 import html
 import io
-import json
 import os
 import re
 from collections.abc import Sequence
@@ -11,6 +10,7 @@ from pathlib import Path
 
 from PIL import Image
 
+from datasets.json_file import write_json
 from datasets.masks import encode_masks
 from tools.cli import printable
 from tools.draw import fit
@@ -106,7 +106,7 @@ class OutputFolder:
 
     def close(self, title: str, names: dict[int, str]) -> str:
         """Write the files about all images and return what was written; `names` are those of the classes."""
-        (self.path / "predictions.json").write_text(json.dumps(self.records))
+        write_json(self.path / "predictions.json", self.records)
         written = f"{self.path}/predictions.json"
         if self.figures:
             (self.path / "sheet.html").write_text(page(self.figures, title), encoding="utf-8")
@@ -115,6 +115,6 @@ class OutputFolder:
             things = {s["category_id"]: s["isthing"] for record in self.panoptic for s in record["segments_info"]}
             categories = [{"id": c, "name": names.get(c, str(c)), "isthing": int(thing)} for c, thing in things.items()]
             content = {"annotations": self.panoptic, "categories": categories}
-            (self.path / "panoptic.json").write_text(json.dumps(content))
+            write_json(self.path / "panoptic.json", content)
             written += ", panoptic, panoptic.json"
         return written

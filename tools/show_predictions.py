@@ -17,10 +17,13 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from datasets import build_dataset
 from datasets.coco_index import CocoIndex, read_coco_index, read_json
+from datasets.files import inside
 from datasets.images import read_image
+from datasets.json_file import is_whole
 from tools.cli import exit_status, printable
 from tools.draw import class_colour, class_name, contact_sheet, draw_boxes, fit, titled, to_pil
 from util.checkpoint import load_checkpoint
+from util.logger import logger
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -36,6 +39,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--columns", type=int, default=2, help="images side by side (default 2)")
     add("--side", type=int, default=420, help="pixels of an image's longer side (default 420)")
     add("--output", help="picture to write")
+    add("--allow", action="append", default=[], choices=("outside_paths",),
+        help="read images whose names lead out of their folder")  # fmt: skip
     return parser
 
 
@@ -54,25 +59,45 @@ def files_of_run(run: Path) -> dict[str, Path]:
     }
 
 
-def read_predictions(path: str | Path) -> dict[int, list[dict]]:
-    """Read a COCO result file into {image id: detections by descending score}. Raises ValueError if it is not one."""
+def read_predictions(path: str | Path, index: CocoIndex) -> dict[int, list[dict]]:
+    """Read a COCO result file into {image id: detections by descending score}.
+
+    Raises ValueError if it is not one, or if none of its detections is of an image and a category of the index.
+    """
     records = read_json(path)
-    needed = {"image_id", "category_id", "bbox", "score"}
     if not isinstance(records, list):
         raise ValueError(f"{path}: not a COCO result file: expected a list of detections")
     by_image = defaultdict(list)
     for i, record in enumerate(records):
-        if not isinstance(record, dict) or needed - record.keys():
-            raise ValueError(f"{path}: entry {i} is not a detection with {', '.join(sorted(needed))}")
+        if not _is_detection(record):
+            raise ValueError(
+                f"{path}: entry {i} is not a detection with image_id, category_id, bbox (four numbers) and score"
+            )
         by_image[record["image_id"]].append(record)
     for detections in by_image.values():
         detections.sort(key=lambda record: -record["score"])
+    unknown = sorted({record["category_id"] for record in records} - index.categories.keys())
+    if not by_image.keys() & set(index.image_ids.tolist()):
+        raise ValueError(f"{path} holds no detection in an image of {index.path}")
+    if records and all(record["category_id"] in unknown for record in records):
+        raise ValueError(f"{path}: no detection is of a category of {index.path}: ids {unknown[:5]}")
+    if unknown:
+        logger.warning(f"{path}: detections of categories that {index.path} lacks: ids {unknown[:5]}")
     return by_image
 
 
-def draw_pair(index: CocoIndex, i: int, folder: Path, detections: list[dict], side: int) -> list[Image.Image]:
+def _is_detection(record) -> bool:
+    try:
+        numbers = [*record["bbox"], record["score"]]
+        ids = is_whole(record["image_id"]) and is_whole(record["category_id"])
+        return ids and len(numbers) == 5 and all(map(math.isfinite, numbers))
+    except (KeyError, TypeError, OverflowError):
+        return False
+
+
+def draw_pair(index: CocoIndex, i: int, path: Path, detections: list[dict], side: int) -> list[Image.Image]:
     """Draw an image twice: with its annotated objects (crowds dashed), and with the detections."""
-    picture, factor = fit(to_pil(read_image(folder / str(index.file_names[i]))), side)
+    picture, factor = fit(to_pil(read_image(path)), side)
     where, names = index.annotations_of(i), index.categories
     labels = index.labels[where].tolist()
     truth = draw_boxes(
@@ -112,17 +137,16 @@ def main(argv: list[str] | None = None) -> None:
         if files[name] is None:
             raise ValueError(f"--{name} is missing: give --run, or --annotations, --images, --predictions and --output")
     index = read_coco_index(files["annotations"])
-    by_image = read_predictions(files["predictions"])
+    by_image = read_predictions(files["predictions"], index)
     # Only images with predictions are shown: the model need not have been run on all.
     with_predictions = [i for i, image_id in enumerate(index.image_ids.tolist()) if image_id in by_image]
-    if not with_predictions:
-        raise ValueError(f"{files['predictions']} holds no detection in an image of {files['annotations']}")
     count = min(args.count, len(with_predictions))
     pictures = []
     for k in range(count):
         i = with_predictions[k * len(with_predictions) // count]
         detections = [r for r in by_image[int(index.image_ids[i])] if r["score"] >= args.threshold]
-        pictures += draw_pair(index, i, Path(files["images"]), detections, args.side)
+        path = inside(files["images"], str(index.file_names[i]), "outside_paths" in args.allow)
+        pictures += draw_pair(index, i, path, detections, args.side)
     contact_sheet(pictures, 2 * args.columns).save(files["output"])
     print(f"{count} of {len(index.image_ids)} images, scores from {args.threshold}: {printable(str(files['output']))}")
 

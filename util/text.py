@@ -1,0 +1,9 @@
+"""Text that comes from data, made safe to print."""
+
+
+def printable(text: object) -> str:
+    r"""Write control characters, and bytes that are not UTF-8, as escapes such as \x1b.
+
+    File and class names come from data: raw, they could drive a terminal or break an encoder.
+    """
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
