@@ -248,7 +248,7 @@ def run_process(args, processes: ProcessInfo) -> None:
 
     train_loader = build_train_loader(train_set, args, device)
     network, train_criterion, training_only = build_denoising(args, model, criterion)
-    run = build_run(args, model, train_loader, training_only)
+    run = build_run(args, model, train_loader, train_set.class_names, training_only)
     run.restore(checkpoint, name)
     network = distribute(network, processes, device)
     logger.info(f"{run.trainable_parameters()} trainable parameters; {args.epochs} epochs, {run.epoch} of them done")
@@ -333,7 +333,13 @@ def build_parts(
     return model, criterion, postprocessors
 
 
-def build_run(args, model: nn.Module, train_loader: DataLoader, training_only: nn.Module | None = None) -> Run:
+def build_run(
+    args,
+    model: nn.Module,
+    train_loader: DataLoader,
+    class_names: dict[int, str],
+    training_only: nn.Module | None = None,
+) -> Run:
     """Build the state of a training run at its beginning."""
     every_step = args.lr_schedule != "step" or args.warmup_steps > 0
     steps_per_epoch = math.ceil(len(train_loader) / args.accum_steps) if every_step else 0
@@ -345,7 +351,7 @@ def build_run(args, model: nn.Module, train_loader: DataLoader, training_only: n
         build_lr_scheduler(args, optimizer, steps_per_epoch),
         torch.amp.GradScaler(next(model.parameters()).device.type, enabled=args.amp == "fp16"),
         vars(args),
-        train_loader.dataset.class_names,
+        class_names,
         output_dir=Path(args.output_dir) if args.output_dir else None,
         accum_steps=args.accum_steps,
         save_every_steps=args.save_every_steps,

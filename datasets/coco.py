@@ -1,6 +1,5 @@
 """COCO detection: images, and their objects as boxes (and masks when asked)."""
 
-import contextlib
 from collections.abc import Collection, Iterable
 from functools import cached_property
 from pathlib import Path
@@ -30,7 +29,6 @@ AUGMENTS = ("full", "flip", "none")
 IMAGE_DTYPES = ("float32", "uint8")
 ALLOWED = ("large_images", "outside_paths")  # what --allow may name
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, as the backbone's weights expect
-NO_EPOCH = -1  # the epoch before `set_epoch` is called
 
 # The flags of COCO data that DETR did not have. A caller whose `args` lacks one gets its default.
 NEW_FLAGS = {
@@ -43,7 +41,6 @@ NEW_FLAGS = {
     "train_annotations": None,
     "val_images": None,
     "val_annotations": None,
-    "seed": 42,
     "allow": (),
 }
 
@@ -58,9 +55,9 @@ class CocoDetection(torchvision.datasets.CocoDetection):
     tensor [3, H, W] instead of a PIL image, which is faster. `allow` may name "large_images", beyond PIL's limit, and
     "outside_paths", file names that lead out of the folder.
 
-    Once `set_epoch` has been called (it reaches running workers too), augmentation is a function of (seed, epoch,
-    index); without it, transforms draw from Python's `random` as usual. The files are checked once, here: raises
-    FileNotFoundError, or ValueError with counts and examples. `coco`, pycocotools' index, is built when first used.
+    Random transforms draw from Python's `random`; the training loader makes them repeatable. The files are checked
+    once, here: raises FileNotFoundError, or ValueError with counts and examples. `coco`, pycocotools' index, is built
+    when it is first used.
     """
 
     def __init__(
@@ -70,13 +67,12 @@ class CocoDetection(torchvision.datasets.CocoDetection):
         transforms=None,
         return_masks: bool = False,
         num_classes: int | None = None,
-        seed: int = 0,
         as_tensor: bool = False,
         allow: Collection[str] = (),
     ):
         VisionDataset.__init__(self, img_folder)  # torchvision's own constructor would read the file into dicts
         self.img_folder, self.ann_file = Path(img_folder), Path(ann_file)
-        self._transforms, self.return_masks, self.seed, self.as_tensor = transforms, return_masks, seed, as_tensor
+        self._transforms, self.return_masks, self.as_tensor = transforms, return_masks, as_tensor
         self.allow = allow
         self.prepare = ConvertCocoPolysToMask(return_masks)
         self.index = self._read_index()
@@ -85,7 +81,6 @@ class CocoDetection(torchvision.datasets.CocoDetection):
         check_classes(self.index, self.num_classes)
         check_sample(self.index, self.img_folder)
         warn_of(self.index)
-        self._epoch = torch.tensor(NO_EPOCH).share_memory_()  # one number, shared with every worker
 
     def _read_index(self):
         index = read_coco_index(self.ann_file, with_segmentations=self.return_masks)
@@ -96,10 +91,6 @@ class CocoDetection(torchvision.datasets.CocoDetection):
 
     def _check_files(self, names: Iterable[str], folder: Path, what: str = "images") -> None:
         check_against_folder(self.ann_file, names, folder, what, outside="outside_paths" in self.allow)
-
-    def set_epoch(self, epoch: int) -> None:
-        """Draw the augmentation of this epoch from now on."""
-        self._epoch.fill_(epoch)
 
     @property
     def sizes(self) -> list[tuple[int, int]]:
@@ -129,9 +120,7 @@ class CocoDetection(torchvision.datasets.CocoDetection):
         image, target = self._with_target(image, image_id)
         if self._transforms is None:
             return image, target
-        epoch = int(self._epoch)
-        with T.seeded(self.seed, epoch, idx) if epoch != NO_EPOCH else contextlib.nullcontext():
-            return self._transforms(image, target)
+        return self._transforms(image, target)
 
     def _with_target(self, image: Image.Image | Tensor, image_id: int) -> tuple[Image.Image | Tensor, dict]:
         """Return the image with the target that training uses."""
@@ -245,7 +234,6 @@ def build_options(image_set: str, args) -> dict:
         "transforms": make_coco_transforms(image_set, args.min_size, args.max_size, args.augment, args.image_dtype),
         "return_masks": args.masks,
         "num_classes": args.num_classes,
-        "seed": args.seed,
         "as_tensor": True,
         "allow": args.allow or (),
     }

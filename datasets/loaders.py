@@ -4,7 +4,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from datasets.batches import EvalBatches, TrainBatches
-from datasets.transforms import resized_size
+from datasets.transforms import resized_size, seeded
 from util.dist import get_rank, get_world_size
 from util.interruption import worker_init
 from util.logger import logger
@@ -15,7 +15,7 @@ def build_train_loader(train_set: Dataset, args, device: torch.device) -> DataLo
     """Build the loader of shuffled, augmented batches."""
     batches = TrainBatches(len(train_set), args.batch_size, args.seed, get_rank(), get_world_size())
     dataset = SkipUnreadable(train_set) if args.on_bad_image == "skip" else train_set
-    return _loader(dataset, batches, args.num_workers, device)
+    return _loader(SeededDataset(dataset, args.seed), batches, args.num_workers, device)
 
 
 def build_val_loader(val_set: Dataset, args, device: torch.device) -> DataLoader:
@@ -40,6 +40,25 @@ def _loader(dataset: Dataset, batches: Sampler, num_workers: int, device: torch.
     )
 
 
+class SeededDataset(Dataset):
+    """A training set whose random draws are a function of (seed, epoch, index), in any worker and after a resume."""
+
+    def __init__(self, dataset: Dataset, seed: int):
+        self.dataset, self.seed = dataset, seed
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # one number, shared with running workers
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Draw the augmentation of this epoch from now on."""
+        self._epoch.fill_(epoch)
+
+    def __getitem__(self, index: int) -> tuple:
+        with seeded(self.seed, int(self._epoch), index):
+            return self.dataset[index]
+
+
 class SkipUnreadable(Dataset):
     """A training set in which the next readable image takes the place of one that is damaged or missing.
 
@@ -47,19 +66,10 @@ class SkipUnreadable(Dataset):
     """
 
     def __init__(self, dataset: Dataset):
-        self.dataset, self.class_names = dataset, dataset.class_names
+        self.dataset = dataset
 
     def __len__(self) -> int:
         return len(self.dataset)
-
-    @property
-    def class_names(self) -> dict[int, str]:
-        """Category names by id."""
-        return self.dataset.class_names
-
-    def set_epoch(self, epoch: int) -> None:
-        """Use the augmentation of another epoch."""
-        self.dataset.set_epoch(epoch)
 
     def __getitem__(self, index: int) -> tuple:
         for offset in range(len(self)):

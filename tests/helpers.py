@@ -99,6 +99,6 @@ def layers_of(logits, boxes):
     return [{"pred_logits": a, "pred_boxes": b} for a, b in zip(logits, boxes, strict=True)]
 
 
-def loader_of(dataset, images_per_step=2):
+def loader_of(images_per_step=2):
     """What build_run needs of a data loader."""
-    return SimpleNamespace(dataset=dataset, batch_sampler=SimpleNamespace(images_per_step=images_per_step))
+    return SimpleNamespace(batch_sampler=SimpleNamespace(images_per_step=images_per_step))

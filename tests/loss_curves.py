@@ -47,7 +47,7 @@ def curve(args: argparse.Namespace, way: str, steps: int) -> list[float]:
     args.num_classes = args.num_classes or train_set.num_classes
     model, criterion, _ = build_model(args)
     device, recorder = torch.device(args.device), LossRecorder()
-    optimizer = build_run(args, model.to(device), loader_of(train_set)).optimizer
+    optimizer = build_run(args, model.to(device), loader_of(), train_set.class_names).optimizer
     batches = build_train_loader(train_set, args, device)
     if way == "plain":
         model.to(memory_format=torch.contiguous_format)
@@ -58,7 +58,7 @@ def curve(args: argparse.Namespace, way: str, steps: int) -> list[float]:
         compile_network(model)
     with plainly() if way == "plain" else nullcontext():
         for epoch in range(-(-steps // len(batches))):
-            train_set.set_epoch(epoch)
+            batches.dataset.set_epoch(epoch)
             batches.batch_sampler.set_epoch(epoch)
             loader = list(batches)[: steps - len(recorder.totals) + 1]
             if way == "plain":

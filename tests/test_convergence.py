@@ -75,7 +75,7 @@ def test_ema_checkpoint_holds_the_average_as_its_model():
     torch.manual_seed(0)
     args = parse("--num_classes 4 --ema_decay 0.75")
     model = build_model(args)[0]
-    run = main.build_run(args, model, loader_of(main.argparse.Namespace(class_names={})))
+    run = main.build_run(args, model, loader_of(), {})
     weights = []
     for _ in range(2):
         with torch.no_grad():

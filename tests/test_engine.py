@@ -1,6 +1,5 @@
 import math
 import re
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -131,7 +130,7 @@ def test_bf16_runs_the_network_in_half_and_the_loss_in_float():
 
 def test_fp16_scales_its_loss_and_leaves_out_steps_that_overflow():
     model, criterion, _, _ = parts("--backbone_norm batch")
-    run = main.build_run(parse("--amp fp16"), model, loader_of(SimpleNamespace(class_names={})))
+    run = main.build_run(parse("--amp fp16"), model, loader_of(), {})
     assert run.scaler.is_enabled()
     weights, options = [model.class_embed.weight.clone()], {"amp": "fp16", "scaler": run.scaler}
     for scale in (2.0**16, 2.0**7):
@@ -154,7 +153,7 @@ def test_train_with_a_gradient_that_is_not_finite_stops_before_the_step(max_norm
 
 def test_train_in_fp16_with_a_forward_overflow_skips_the_step_and_stops_when_a_lower_scale_does_not_help():
     model, criterion, _, _ = parts("--backbone_norm batch")
-    run = main.build_run(parse("--amp fp16"), model, loader_of(SimpleNamespace(class_names={})))
+    run = main.build_run(parse("--amp fp16"), model, loader_of(), {})
     calls = []
 
     def overflow(module, inputs, output):

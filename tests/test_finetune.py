@@ -85,7 +85,7 @@ def test_a_run_begins_at_epoch_0_with_the_weights(coco_root, tmp_path):
     model, _, _ = main.build_parts(args, device)
     assert torch.equal(model.query_embed.weight, origin.query_embed.weight)
     assert model.class_embed.out_features == 5
-    run = main.build_run(args, model, loader_of(main.build_dataset("train", args)))
+    run = main.build_run(args, model, loader_of(), main.build_dataset("train", args).class_names)
     assert run.epoch == 0 and not run.optimizer.state
 
 

@@ -516,7 +516,7 @@ def test_weights_that_are_not_finite_are_neither_saved_nor_evaluated(finished, t
     with torch.no_grad():
         model.query_embed.weight[0] = float("inf")
     with pytest.raises(FloatingPointError, match="query_embed.weight"):
-        main.build_run(args, model, loader_of(argparse.Namespace(class_names={}))).save("checkpoint.pth")
+        main.build_run(args, model, loader_of(), {}).save("checkpoint.pth")
     assert not (tmp_path / "checkpoint.pth").exists()
 
 

@@ -68,7 +68,7 @@ def main(out: str, batch_size: int, how: str) -> None:
         torch.manual_seed(1 + get_rank())  # the wrapper must give every process the first one's weights
         model, criterion, _ = build_model(args)
         pictures = Pictures(how == "unequal")
-        run = build_run(args, model, loader_of(pictures))
+        run = build_run(args, model, loader_of(), pictures.class_names)
         batches = TrainBatches(12, batch_size, 0, get_rank(), get_world_size())
         loader = torch.utils.data.DataLoader(pictures, batch_sampler=batches, collate_fn=collate_fn)
         recorder = Recorder()
