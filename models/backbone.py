@@ -1,6 +1,7 @@
 """A ResNet that returns feature maps with their padding masks and positions."""
 
 from pathlib import Path
+from typing import Final
 
 import torch
 import torch.nn.functional as F
@@ -34,14 +35,20 @@ CONTIGUOUS_TRAINING = torch.backends.cpu.get_cpu_capability() in ("DEFAULT", "AV
 class _Body(nn.ModuleDict):
     """A ResNet up to layer4 under torchvision's own names, returning the outputs of some of its layers."""
 
+    folded_stem: Final[bool]  # TorchScript compiles only the branch that is taken
+
     def __init__(self, resnet: nn.Module, return_layers: dict[str, str]):
         super().__init__({name: module for name, module in resnet.named_children() if name not in ("avgpool", "fc")})
         self.return_layers = return_layers
+        self.folded_stem = isinstance(getattr(resnet, "bn1", None), FrozenBatchNorm2d)
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         features: dict[str, Tensor] = {}
+        if self.folded_stem:
+            x = self.conv1._conv_forward(x, *self.bn1.fold(self.conv1.weight))
         for name, module in self.items():
-            x = module(x)
+            if not (self.folded_stem and (name == "conv1" or name == "bn1")):
+                x = module(x)
             if name in self.return_layers:
                 features[self.return_layers[name]] = x
         return features
