@@ -3,8 +3,8 @@
 A frozen batch norm is an affine map of each channel. Folding it into the convolution before it saves a pass over the
 feature map. Parameters, buffers and their names stay torchvision's.
 
-The folded blocks, and the stem in models/backbone.py, do not call their convolutions and norms as modules: register hooks
-on a block or a layer, not on a convolution.
+The folded blocks, and the stem in models/backbone.py, do not call their convolutions and norms as modules: register
+hooks on a block or a layer, not on a convolution.
 """
 
 from typing import Optional
