@@ -11,7 +11,7 @@ DEMO_FLAGS := --dataset_file shapes --coco_path data/shapes --shapes_classes 3 -
 	--dec_layers 3 --num_queries 12 --dropout 0 --batch_size 32 --lr 7e-4 --lr_backbone 7e-4 \
 	--epochs 12 --lr_drop 9 --eval_every 2
 
-.PHONY: demo test test-fast test-slurm lint typecheck format clean
+.PHONY: demo test test-fast test-slurm lint format clean
 
 demo: $(VENV)/.run
 	$(RUN) main.py $(DEMO_FLAGS) $(DEMO_MORE) --output_dir $(DEMO) --resume auto
@@ -32,8 +32,6 @@ test-slurm: $(VENV)/.dev  # as root: installs Debian's Slurm if it is absent, an
 lint: $(VENV)/.dev
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
-
-typecheck: $(VENV)/.dev
 	$(VENV)/bin/ty check
 
 format: $(VENV)/.dev

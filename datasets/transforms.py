@@ -88,7 +88,7 @@ def resized_size(height: int, width: int, size: int, max_size: int | None = None
     if short == size:
         return height, width
     other = int(size * long / short)
-    if size < 1:  # so thin that the rule would leave no pixel
+    if max_size is not None and size < 1:  # so thin that the rule would leave no pixel
         size, other = 1, max_size
     return (size, other) if height <= width else (other, size)
 

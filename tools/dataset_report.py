@@ -125,7 +125,7 @@ def _check_masks(report: Report, index: CocoIndex) -> None:
 
 def _check_panoptic(report: Report, part: Part, options: Options) -> None:
     """Check the maps of a panoptic part (their pixels only when decoding), and the instances beside it."""
-    index: PanopticIndex = report.index
+    index: PanopticIndex = report.index  # ty: ignore[invalid-assignment]  (read as one before)
     names = index.map_names
     _try(report, lambda: check_against_folder(index.path, names, part.maps, "panoptic maps", options.outside))
     if part.instances:

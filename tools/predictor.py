@@ -10,6 +10,7 @@ import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -210,7 +211,7 @@ class Predictor:
 
     def _panoptic(self, outputs: dict, input_sizes: Tensor, sizes: Tensor, threshold: float | None) -> list[dict]:
         """Compute the panoptic maps, with another threshold than the post-processor's own if one is given."""
-        postprocessor = self.postprocessors["panoptic"]
+        postprocessor: Any = self.postprocessors["panoptic"]
         own = postprocessor.threshold
         postprocessor.threshold = own if threshold is None else threshold
         padded_size = tuple(input_sizes.max(0).values.tolist())

@@ -131,7 +131,7 @@ def main(argv: list[str] | None = None) -> None:
     args = get_args_parser().parse_args(argv)
     if args.count < 1 or args.columns < 1 or args.side < 1 or math.isnan(args.threshold):
         raise ValueError("--count, --columns and --side are at least 1, and --threshold is a number")
-    files = files_of_run(args.run) if args.run else {}
+    files: dict = files_of_run(args.run) if args.run else {}
     for name in ("annotations", "images", "predictions", "output"):
         files[name] = getattr(args, name) or files.get(name)
         if files[name] is None:
