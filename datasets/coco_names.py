@@ -20,4 +20,6 @@ grass-merged, dirt-merged, paper-merged, food-other-merged, building-other-merge
 rug-merged
 """
 
-COCO_NAMES: dict[int, str] = {i: name for i, name in enumerate(_NAMES.replace("\n", " ").strip().split(", "), start=1) if name != "-"}
+COCO_NAMES: dict[int, str] = {
+    i: name for i, name in enumerate(_NAMES.replace("\n", " ").strip().split(", "), start=1) if name != "-"
+}
