@@ -111,7 +111,11 @@ def test_pick_device_without_a_gpu_returns_the_cpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert pick_device("cuda").type == "cpu"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     assert pick_device("cuda", 3) == torch.device("cuda:3") and pick_device("cuda:1", 3) == torch.device("cuda:1")
+    for name, local_rank in (("cuda:4", 0), ("cuda", 4)):
+        with pytest.raises(ValueError, match="needs GPU 4, and the machine has 4"):
+            pick_device(name, local_rank)
 
 
 def test_plot_logs_with_gaps_and_foreign_lines_draws_the_rest(tmp_path):

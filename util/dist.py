@@ -204,10 +204,13 @@ def pick_device(name: str, local_rank: int = 0) -> torch.device:
     if device.type == "cuda" and not torch.cuda.is_available():
         logger.info(f"no GPU here: --device {name} becomes cpu")
         return torch.device("cpu")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"--device {name}: this machine has {torch.cuda.device_count()} GPUs, numbered from 0")
     if device.type == "cuda" and device.index is None:
-        return torch.device("cuda", local_rank)
+        device = torch.device("cuda", local_rank)
+    if device.type == "cuda" and device.index >= torch.cuda.device_count():
+        raise ValueError(
+            f"--device {name}: this process needs GPU {device.index}, and the machine has {torch.cuda.device_count()}, "
+            "numbered from 0; start one process for each GPU"
+        )
     return device
 
 
