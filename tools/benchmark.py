@@ -105,7 +105,7 @@ class Transformers:
         depths = {"resnet50": [3, 4, 6, 3], "resnet101": [3, 4, 23, 3]}.get(setting["model"])
         if depths is None:
             raise SystemExit(f"--peer transformers has no {setting['model']}: choose resnet50 or resnet101")
-        backbone = ResNetConfig(depths=depths, out_features=["stage4"])  # ty: ignore[unknown-argument]
+        backbone = ResNetConfig(**{"depths": depths, "out_features": ["stage4"]})  # typed only by its base class
         dropout = {"attention_dropout": 0.1, "activation_dropout": 0.1}  # the paper's; 0 by default there
         shape = {"num_queries": setting["queries"], "num_labels": CLASSES, "auxiliary_loss": True}
         self.device = setting["device"]
