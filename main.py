@@ -6,38 +6,31 @@ python main.py --coco_path /data/coco --masks --frozen_weights FILE  # masks on 
 """
 
 import argparse
-import math
 import time
 from datetime import timedelta
-from pathlib import Path
 
 import torch
-from torch import nn
 from torch.distributed.elastic.multiprocessing.errors import record
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 import datasets
 import models
 from datasets import build_dataset, get_coco_api_from_dataset
 from datasets.coco import ALLOWED, AUGMENTS, IMAGE_DTYPES
 from datasets.coco_checks import compare_categories
-from datasets.coco_eval import CocoEvaluator, curves
+from datasets.coco_eval import write_evaluation
 from datasets.loaders import build_train_loader, build_val_loader
 from engine import allow_tf32, compile_network, evaluate, train_one_epoch
-from models import build_model
 from models.denoising import build_denoising
 from models.position_encoding import LEARNED_CELLS, POSITION_EMBEDDINGS
-from util.checkpoint import count_classes, load_checkpoint, load_model, load_resumed, position, save_checkpoint
+from models.weights import build_parts
+from util.checkpoint import count_classes, load_resumed, position
 from util.dist import ProcessInfo, broadcast_buffers, distribute, is_main_process, pick_device, process_group
-from util.finetune import finetune
 from util.flags import check_numbers, with_defaults
 from util.logger import configure_logging, logger
-from util.optim import build_lr_scheduler, build_optimizer
-from util.origin import check_origin
 from util.output_dir import files_to_replace, locked, make_folder
 from util.project import get_sha
-from util.run import Run
+from util.run import build_run
 
 # fmt: off
 AT_LEAST = dict.fromkeys((  # the least value of each flag that is a number; dropout and ema_decay are below 1 besides
@@ -239,6 +232,8 @@ def run_process(args, processes: ProcessInfo) -> None:
     base_ds = get_coco_api_from_dataset(val_set) if is_main_process() else None
     names = (val_set if args.eval else train_set).class_names
     model, criterion, postprocessors = build_parts(args, device, checkpoint, name, names)
+    if args.compile:
+        compile_network(model)
     evaluation = (criterion, postprocessors, val_loader, base_ds, device, args.output_dir)
     options = {"amp": args.amp, "coco_backend": args.coco_eval, "print_freq": args.print_freq}
     if args.eval:
@@ -298,80 +293,6 @@ def build_datasets(args, checkpoint: dict | None) -> tuple[Dataset | None, Datas
     if train_set:
         compare_categories(train_set.class_names, "the training data", val_set.class_names, "the validation data")
     return train_set, val_set, num_classes or val_set.num_classes
-
-
-def build_parts(
-    args, device: torch.device, checkpoint: dict | None = None, name: str = "", class_names: dict | None = None
-) -> tuple:
-    """Build model, criterion and post-processors on the device, with the weights of a checkpoint called `name`.
-
-    Differences between the run that the weights are from and this one, or its data's `class_names`, are logged.
-    """
-    # When resuming, --finetune and --frozen_weights are ignored: the checkpoint has all weights.
-    origin, source = checkpoint, args.finetune or args.frozen_weights
-    if source and not checkpoint:
-        origin, name = load_checkpoint(source), source
-    # A checkpoint has the backbone too: ImageNet's need not be downloaded.
-    weights = "none" if origin else args.backbone_weights
-    model, criterion, postprocessors = build_model(_changed(args, backbone_weights=weights, device=str(device)))
-    starts = bool(args.finetune and not checkpoint)
-    if origin:
-        check_origin(vars(args), origin, name, class_names or {}, starts)
-    if checkpoint:
-        load_model(model, checkpoint, name)
-        logger.info(f"weights from {name}")
-    elif starts:
-        logger.info("\n  ".join(finetune(model, origin["model"], name)))
-    elif origin:
-        load_model(model.detr, origin, name)
-        logger.info(f"detector from {name}, frozen: only the mask head trains")
-    elif args.eval:
-        logger.warning("evaluating a model that was never trained: --resume names its checkpoint")
-    model.to(device)
-    if args.compile:
-        compile_network(model)
-    return model, criterion, postprocessors
-
-
-def build_run(
-    args,
-    model: nn.Module,
-    train_loader: DataLoader,
-    class_names: dict[int, str],
-    training_only: nn.Module | None = None,
-) -> Run:
-    """Build the state of a training run at its beginning."""
-    every_step = args.lr_schedule != "step" or args.warmup_steps > 0
-    steps_per_epoch = math.ceil(len(train_loader) / args.accum_steps) if every_step else 0
-    optimizer = build_optimizer(args, model, training_only)
-    average = get_ema_multi_avg_fn(args.ema_decay)
-    return Run(
-        model,
-        optimizer,
-        build_lr_scheduler(args, optimizer, steps_per_epoch),
-        torch.amp.GradScaler(next(model.parameters()).device.type, enabled=args.amp == "fp16"),
-        vars(args),
-        class_names,
-        output_dir=Path(args.output_dir) if args.output_dir else None,
-        accum_steps=args.accum_steps,
-        save_every_steps=args.save_every_steps,
-        check_signals_every=args.print_freq,
-        lr_drop=args.lr_drop,
-        steps_per_epoch=steps_per_epoch,
-        images_per_step=train_loader.batch_sampler.images_per_step * args.accum_steps,
-        ema=AveragedModel(model, multi_avg_fn=average, use_buffers=True) if args.ema_decay else None,
-        training_only=training_only,
-        epoch=args.start_epoch,
-    )
-
-
-def write_evaluation(evaluator: CocoEvaluator | None, output_dir: str, *names: str) -> None:
-    """Write the predictions, and the precision curves under each name (main process only)."""
-    if output_dir and is_main_process() and evaluator and "bbox" in evaluator.coco_eval:
-        evaluator.save_predictions(output_dir)
-        files = [Path(output_dir) / name for name in names]
-        files[0].parent.mkdir(exist_ok=True)
-        save_checkpoint(curves(evaluator.coco_eval["bbox"]), *files)
 
 
 def _changed(args, **values) -> argparse.Namespace:

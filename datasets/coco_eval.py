@@ -14,7 +14,8 @@ from torch import Tensor
 from datasets.coco_backends import ground_truth, pick_backend, renumber
 from datasets.json_file import write_json
 from datasets.masks import encode_masks
-from util.dist import all_gather, gather_to_main
+from util.checkpoint import save_checkpoint
+from util.dist import all_gather, gather_to_main, is_main_process
 from util.logger import logger
 
 LOG_NAMES = {"bbox": "coco_eval_bbox", "segm": "coco_eval_masks"}
@@ -203,6 +204,15 @@ def curves(evaluation) -> dict:
         "area_labels": list(params.areaRngLbl),
         "max_detections": [int(n) for n in params.maxDets],
     }
+
+
+def write_evaluation(evaluator: CocoEvaluator | None, output_dir: str, *names: str) -> None:
+    """Write the predictions, and the precision curves under each of `names` in `output_dir` (main process only)."""
+    if output_dir and is_main_process() and evaluator and "bbox" in evaluator.coco_eval:
+        evaluator.save_predictions(output_dir)
+        files = [Path(output_dir) / name for name in names]
+        files[0].parent.mkdir(exist_ok=True)
+        save_checkpoint(curves(evaluator.coco_eval["bbox"]), *files)
 
 
 # Functions of DETR's own evaluator, for code that imports them. They work on pycocotools' COCOeval.

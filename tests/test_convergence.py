@@ -7,7 +7,8 @@ import main
 from models import build_model
 from tests.helpers import loader_of, parse, write_coco
 from util.checkpoint import load_model
-from util.optim import build_lr_scheduler
+from util.optim import build_lr_scheduler, build_optimizer
+from util.run import Run
 
 FAST = "--denoising_groups 2 --ema_decay 0.9 --lr_schedule linear --warmup_steps 3"
 
@@ -39,7 +40,7 @@ class Stop(Exception):
 def test_convergence_flags_resume_in_mid_epoch_with_the_same_bits(data, tmp_path, monkeypatch):
     flags = f"--coco_path {data} --batch_size 1 --epochs 2 {FAST} --save_every_steps 1"
     main.main(parse(f"{flags} --output_dir {tmp_path}/whole"))
-    after_step, steps = main.Run.after_step, []
+    after_step, steps = Run.after_step, []
 
     def stop_after_six(self, *args):
         after_step(self, *args)
@@ -48,7 +49,7 @@ def test_convergence_flags_resume_in_mid_epoch_with_the_same_bits(data, tmp_path
             raise Stop
 
     with monkeypatch.context() as patch, pytest.raises(Stop):
-        patch.setattr(main.Run, "after_step", stop_after_six)
+        patch.setattr(Run, "after_step", stop_after_six)
         main.main(parse(f"{flags} --output_dir {tmp_path}/halves"))
     main.main(parse(f"{flags} --output_dir {tmp_path}/halves --resume auto"))
     whole, halves = load(tmp_path / "whole"), load(tmp_path / "halves")
@@ -68,7 +69,7 @@ def test_convergence_flags_leave_a_checkpoint_of_the_plain_network(data, tmp_pat
     assert set(state["model"]) == set(plain.state_dict())
     assert any(not torch.equal(v, state["ema"]["trained_model"][name]) for name, v in state["model"].items())
     positions = [len(group["params"]) for group in state["optimizer"]["param_groups"]]
-    assert positions == [len(group["params"]) for group in main.build_optimizer(parse(), plain).param_groups] + [3]
+    assert positions == [len(group["params"]) for group in build_optimizer(parse(), plain).param_groups] + [3]
 
 
 def test_ema_checkpoint_holds_the_average_as_its_model():

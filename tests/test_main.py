@@ -17,6 +17,7 @@ import main
 import run_with_submitit
 from tests.helpers import TINY, loader_of, parse
 from util.interruption import SIGNALS, Interruption
+from util.run import Run
 
 pytestmark = pytest.mark.slow
 
@@ -196,7 +197,7 @@ def test_a_kill_costs_no_more_than_the_steps_since_the_last_save(finished, monke
     root, flags = finished
     for place in ("epoch 1, step 1", "epoch 2, step 1"):
         with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="broken disk"):
-            patch.setattr(main.Run, "_save_after_error", lambda _: None)
+            patch.setattr(Run, "_save_after_error", lambda _: None)
             interrupt(patch, place, broken)
             run(f"{flags} --output_dir {tmp_path} --save_every_steps 1 --resume auto")
     run(f"{flags} --output_dir {tmp_path} --resume auto")
@@ -230,7 +231,7 @@ def test_a_crash_in_the_evaluation_costs_no_training(finished, monkeypatch, tmp_
 def test_a_row_whose_checkpoint_was_never_written_is_written_once(finished, monkeypatch, tmp_path):
     root, flags = finished
     with monkeypatch.context() as patch, pytest.raises(KeyError, match="killed"):
-        patch.setattr(main.Run, "_draw_curves", lambda _: {}["killed"])
+        patch.setattr(Run, "_draw_curves", lambda _: {}["killed"])
         run(f"{flags} --output_dir {tmp_path}")
     assert len(log_of(tmp_path)) == 1
     run(f"{flags} --output_dir {tmp_path} --resume auto")
@@ -396,7 +397,7 @@ def test_the_flags_reach_the_loop_and_the_optimizer(finished, monkeypatch):
 
 def test_a_crash_between_the_files_of_an_epoch_loses_none_of_them(finished, monkeypatch, tmp_path):
     root, flags = finished
-    save, epochs = main.Run.save, []
+    save, epochs = Run.save, []
 
     def killed_after_the_first_file(self, *names):
         if len(names) > 1:
@@ -406,7 +407,7 @@ def test_a_crash_between_the_files_of_an_epoch_loses_none_of_them(finished, monk
         save(self, *names)
 
     with monkeypatch.context() as patch, pytest.raises(KeyError, match="killed"):
-        patch.setattr(main.Run, "save", killed_after_the_first_file)
+        patch.setattr(Run, "save", killed_after_the_first_file)
         run(f"{flags} --output_dir {tmp_path}")
     assert epochs == [1]
     run(f"{flags} --output_dir {tmp_path} --resume auto")

@@ -7,8 +7,7 @@ python tools/benchmark.py loader predict --coco_path /data/coco                #
 python tools/benchmark.py index evaluator --coco_path /data/coco               # beside pycocotools
 
 The calls of both sides alternate, so that other load on the machine slows both. `s` is the median of --rounds
-measurements by torch.utils.benchmark.Timer, `peak_gb` (on a GPU) the most memory of a call, `ratio` the peer's time
-divided by ours. Another tree is measured in a process of its own, started anew in each round.
+measurements, `peak_gb` (on a GPU) the most memory of a call, `ratio` the peer's time divided by ours.
 """
 
 import argparse
@@ -28,12 +27,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from torch.utils.benchmark import Timer
+from torchvision.ops import box_convert
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 # Modules of the project are imported in functions: with --tree they are another folder's.
 AMP = {"bf16": torch.bfloat16, "fp16": torch.float16}
-CLASSES, OBJECTS = 91, 7  # COCO's, and its mean number of objects in an image
+QUERIES, CLASSES, OBJECTS = 100, 91, 7  # main.py's default; COCO's; its mean number of objects in an image
 DETECTIONS = 100  # in an image, for `evaluator`
 LOADED = 32  # images in a call of `loader` and `predict`
 
@@ -48,16 +48,12 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--batch", nargs="+", type=int, default=[1, 2], help="images in a batch")
     add("--size", nargs="+", type=lambda text: [int(side) for side in text.split("x")], default=[[800, 1066]],
         metavar="HxW", help="sizes of the images, taken in turn in a batch")
-    add("--queries", type=int, default=100)
     add("--precision", nargs="+", default=["float32"], choices=("float32", "tf32", "bf16", "fp16"))
     add("--compile", action="store_true", help="measure compiled models too")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    add("--threads", type=int, default=torch.get_num_threads(), help="CPU threads (default: PyTorch's)")
     add("--rounds", type=int, default=3, help="measurements of each side")
     add("--peer", help="transformers, or the folder of another tree with DETR's contract")
-    add("--peer_precision", choices=("float32", "tf32", "bf16", "fp16"), help="precision of the peer, if different")
     add("--coco_path", help="data in COCO's layout, for loader, predict, index and evaluator")
-    add("--copies", type=int, default=1, help="for index and evaluator: repeat the annotations so many times")
     add("--output", type=Path, help="JSON file to write")
     add("--tree", help=argparse.SUPPRESS)  # the folder whose modules are measured
     return parser
@@ -71,27 +67,20 @@ class Detr:
         from main import get_args_parser as flags
         from models import build_model
 
-        model, self.device = setting["model"], setting["device"]
-        words = ["--backbone", model.removesuffix("-dc5"), "--num_queries", str(setting["queries"])]
-        words += ["--device", self.device] + (["--dilation"] if model.endswith("-dc5") else [])
-        args = argparse.ArgumentParser(parents=[flags()]).parse_args(words)
-        args.backbone_weights = "none"
+        model, device = setting["model"], setting["device"]
+        args = flags().parse_args(["--device", device])
+        args.backbone, args.dilation, args.backbone_weights = model.removesuffix("-dc5"), "-dc5" in model, "none"
         with contextlib.redirect_stdout(io.StringIO()):
             self.model, self.criterion, _ = build_model(args)
-        self.model.to(self.device)
+        self.model.to(device)
 
-    def inputs(self, images: list[Tensor]) -> dict:
-        """Convert normalised images [3, h, w] to the model's arguments."""
-        from util.misc import nested_tensor_from_tensor_list  # the address that every tree has
+    def inputs(self, images) -> dict:
+        """Return the model's arguments for a NestedTensor."""
+        return {"samples": images}
 
-        return {"samples": nested_tensor_from_tensor_list(images).to(self.device)}
-
-    def loss(self, inputs: dict, targets: list[dict]) -> Tensor:
-        """Run the model; return the weighted sum of the losses of all layers."""
-        return self.loss_of(self.model(**inputs), targets)
-
-    def loss_of(self, outputs: dict, targets: list[dict]) -> Tensor:
-        """Return the weighted sum of the losses for given outputs."""
+    def loss(self, inputs: dict, targets: list[dict], outputs: dict | None = None) -> Tensor:
+        """Run the model, or take its outputs; return the weighted sum of the losses of all layers."""
+        outputs = outputs or self.model(**inputs)
         losses, weights = self.criterion(outputs, targets), self.criterion.weight_dict
         return sum(losses[name] * weight for name, weight in weights.items() if name in losses)
 
@@ -107,23 +96,19 @@ class Transformers:
             raise SystemExit(f"--peer transformers has no {setting['model']}: choose resnet50 or resnet101")
         backbone = ResNetConfig(**{"depths": depths, "out_features": ["stage4"]})  # typed only by its base class
         dropout = {"attention_dropout": 0.1, "activation_dropout": 0.1}  # the paper's; 0 by default there
-        shape = {"num_queries": setting["queries"], "num_labels": CLASSES, "auxiliary_loss": True}
-        self.device = setting["device"]
-        self.model = DetrForObjectDetection(DetrConfig(backbone_config=backbone, **shape, **dropout)).to(self.device)
+        shape = {"num_queries": QUERIES, "num_labels": CLASSES, "auxiliary_loss": True}
+        self.model = DetrForObjectDetection(DetrConfig(backbone_config=backbone, **shape, **dropout))
+        self.model.to(setting["device"])
         for name, parameter in self.model.model.backbone.named_parameters():
             parameter.requires_grad_(any(f"stages.{stage}" in name for stage in (1, 2, 3)))
 
-    def inputs(self, images: list[Tensor]) -> dict:
-        """Convert normalised images [3, h, w] to the model's arguments; the mask is 1 on the image."""
-        from util.misc import nested_tensor_from_tensor_list
-
-        pixels, padding = nested_tensor_from_tensor_list(images).to(self.device).decompose()
-        return {"pixel_values": pixels, "pixel_mask": (~padding).long()}
+    def inputs(self, images) -> dict:
+        """Return the model's arguments for a NestedTensor; their mask is 1 on the image."""
+        return {"pixel_values": images.tensors, "pixel_mask": (~images.mask).long()}
 
     def loss(self, inputs: dict, targets: list[dict]) -> Tensor:
         """Run the model; return the weighted sum of the losses of all layers."""
-        labels = [{"class_labels": target["labels"], "boxes": target["boxes"]} for target in targets]
-        return self.model(**inputs, labels=labels).loss
+        return self.model(**inputs, labels=[target | {"class_labels": target["labels"]} for target in targets]).loss
 
 
 def forward(one, setting: dict) -> Callable:
@@ -157,13 +142,13 @@ def train(one, setting: dict) -> Callable:
 
 def criterion(one, setting: dict) -> Callable:
     """Return a function that computes matching and losses of six layers of random outputs, forward and backward."""
-    shape, targets = (6, setting["batch"], setting["queries"]), random_targets(setting)
+    shape, targets = (6, setting["batch"], QUERIES), random_targets(setting)
     logits = torch.randn(*shape, CLASSES + 1, device=setting["device"], requires_grad=True)
     boxes = (torch.rand(*shape, 4, device=setting["device"]) * 0.5 + 0.2).requires_grad_()
 
     def call():
         layers = [{"pred_logits": a, "pred_boxes": b} for a, b in zip(logits, boxes, strict=True)]
-        one.loss_of({**layers[-1], "aux_outputs": layers[:-1]}, targets).backward()
+        one.loss({}, targets, outputs={**layers[-1], "aux_outputs": layers[:-1]}).backward()
 
     return call
 
@@ -171,9 +156,12 @@ def criterion(one, setting: dict) -> Callable:
 CALLS = {"forward": forward, "train": train, "criterion": criterion}
 
 
-def noise(setting: dict) -> list[Tensor]:
-    """Make a batch of images [3, h, w] of random, normalised values."""
-    return [torch.randn(3, *size) for size in itertools.islice(itertools.cycle(setting["size"]), setting["batch"])]
+def noise(setting: dict):
+    """Make a NestedTensor of images of random, normalised values."""
+    from util.misc import nested_tensor_from_tensor_list  # the address that every tree has
+
+    sizes = itertools.islice(itertools.cycle(setting["size"]), setting["batch"])
+    return nested_tensor_from_tensor_list([torch.randn(3, *size) for size in sizes]).to(setting["device"])
 
 
 def random_targets(setting: dict) -> list[dict]:
@@ -200,12 +188,12 @@ def prepare(side: type, what: str, setting: dict) -> Callable[[], float]:
 
         torch._dynamo.reset()
         engine.compile_network(one.model)
-    return clock(CALLS[what](one, setting), setting["threads"])
+    return clock(CALLS[what](one, setting))
 
 
-def clock(call: Callable, threads: int) -> Callable[[], float]:
+def clock(call: Callable, threads: int | None = None) -> Callable[[], float]:
     """Run a call once; return a function that measures its seconds, without what it prints."""
-    timer = Timer("call()", globals={"call": call}, num_threads=threads)
+    timer = Timer("call()", globals={"call": call}, num_threads=threads or torch.get_num_threads())
 
     def measure() -> float:
         with contextlib.redirect_stdout(io.StringIO()):
@@ -218,15 +206,13 @@ def clock(call: Callable, threads: int) -> Callable[[], float]:
 def other_tree(options, what: str, row: dict) -> Callable[[], float]:
     """Return a function that measures a call of another tree, in a process of its own."""
     sizes = [f"{height}x{width}" for height, width in options.size]
-    command = [sys.executable, __file__, what, "--tree", options.peer, "--rounds", "1", "--models", row["model"]]
-    command += ["--batch", row["batch"], "--precision", options.peer_precision or row["precision"], "--size", *sizes]
-    command += ["--queries", options.queries, "--device", options.device, "--threads", options.threads]
+    command = [sys.executable, __file__, what, "--tree", options.peer, "--rounds", 1, "--models", row["model"]]
+    command += ["--batch", row["batch"], "--precision", row["precision"], "--size", *sizes, "--device", options.device]
 
     def measure() -> float:
         with tempfile.TemporaryDirectory() as folder:
             file = Path(folder) / "rows.json"
-            done = subprocess.run([*map(str, command), "--output", str(file)], stdout=subprocess.DEVNULL)
-            if done.returncode:
+            if subprocess.run([*map(str, command), "--output", file], stdout=subprocess.DEVNULL).returncode:
                 raise SystemExit(f"{options.peer}: the benchmark failed there")
             return json.loads(file.read_text())["rows"][0]["s"]
 
@@ -244,13 +230,12 @@ def compare(clocks: list[Callable[[], float]], rounds: int, peer: str = "peer") 
 def measure_network(what: str, options) -> Iterator[dict]:
     """Measure forward, train or criterion for every combination of the flags, beside the peer."""
     compiled = (False, True) if options.compile else (False,)
-    common = {name: getattr(options, name) for name in ("queries", "device", "size", "threads")}
     for values in itertools.product(options.models, options.precision, compiled, options.batch):
         row = dict(zip(("model", "precision", "compiled", "batch"), values, strict=True))
-        clocks = [prepare(Detr, what, common | row)]
+        setting = row | {"device": options.device, "size": options.size}
+        clocks = [prepare(Detr, what, setting)]
         if options.peer == "transformers":
-            theirs = common | row | {"precision": options.peer_precision or row["precision"], "compiled": False}
-            clocks.append(prepare(Transformers, what, theirs))
+            clocks.append(prepare(Transformers, what, setting | {"compiled": False}))
         elif options.peer:
             clocks.append(other_tree(options, what, row))
         if options.device.startswith("cuda"):
@@ -265,14 +250,13 @@ def measure_loader(what: str, options) -> Iterator[dict]:
     """Load images in batches of two in one thread."""
     from util.nested_tensor import collate_fn
 
+    def load(data, count: int):
+        return [collate_fn([data[i], data[i + 1]]) for i in range(0, count, 2)]
+
     for part in ("train", "val"):
         data = dataset(part, options)
         count = min(LOADED, len(data)) // 2 * 2
-
-        def load(data=data, count=count):
-            return [collate_fn([data[i], data[i + 1]]) for i in range(0, count, 2)]
-
-        row = compare([clock(load, 1)], options.rounds)
+        row = compare([clock(functools.partial(load, data, count), 1)], options.rounds)
         yield {"images": f"{count} {part}", **row, "images_per_s": count / row["s"]}
 
 
@@ -282,19 +266,17 @@ def measure_predict(what: str, options) -> Iterator[dict]:
     from tools.predictor import Predictor
 
     paths = sorted(dataset("val", options).img_folder.iterdir())[:LOADED]
+
+    def predict(predictor: Predictor, batch: int):
+        return [predictor.predict_batch(paths[i : i + batch]) for i in range(0, len(paths), batch)]
+
     for model, precision, batch in itertools.product(options.models, options.precision, options.batch):
-        network = Detr({"model": model, "queries": options.queries, "device": options.device}).model
-        amp = precision if precision in AMP else None
-        predictor = Predictor(
-            network, {"bbox": PostProcess()}, {}, min(options.size[0]), device=options.device, amp=amp
-        )
+        network = Detr({"model": model, "device": options.device}).model
+        more = {"device": options.device, "amp": precision if precision in AMP else None}
+        predictor = Predictor(network, {"bbox": PostProcess()}, {}, min(options.size[0]), **more)
         if options.compile:
             predictor.compile()
-
-        def predict(predictor=predictor, batch=batch):
-            return [predictor.predict_batch(paths[i : i + batch]) for i in range(0, len(paths), batch)]
-
-        figures = compare([clock(predict, options.threads)], options.rounds)
+        figures = compare([clock(functools.partial(predict, predictor, batch))], options.rounds)
         row = {"model": model, "precision": precision, "compiled": options.compile, "batch": batch}
         yield row | figures | {"images_per_s": len(paths) / figures["s"]}
 
@@ -305,43 +287,38 @@ def measure_index(what: str, options) -> Iterator[dict]:
 
     from datasets.coco_index import read_coco_index
 
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "annotations.json"
-        path.write_text(json.dumps(repeated(dataset("train", options).ann_file, options.copies)))
-        clocks = [clock(functools.partial(read, str(path)), 1) for read in (read_coco_index, COCO)]
-        yield {"json_mb": path.stat().st_size / 1e6, **compare(clocks, options.rounds, "pycocotools")}
+    path = Path(dataset("train", options).ann_file)
+    clocks = [clock(functools.partial(read, str(path)), 1) for read in (read_coco_index, COCO)]
+    yield {"json_mb": path.stat().st_size / 1e6, **compare(clocks, options.rounds, "pycocotools")}
 
 
 def measure_evaluator(what: str, options) -> Iterator[dict]:
     """Compute box AP of random detections near the validation objects, beside pycocotools."""
-    from datasets.coco import index_coco
     from datasets.coco_eval import CocoEvaluator
 
-    truth = index_coco(repeated(dataset("val", options).ann_file, options.copies))
-    results, stats = detections(truth), []
+    truth = dataset("val", options).coco
+    results = detections(truth)
 
     def evaluate(backend: str):
         evaluator = CocoEvaluator(truth, ["bbox"], backend)
         evaluator.update(results)
         evaluator.synchronize_between_processes()
         evaluator.accumulate()
-        stats.append(evaluator.summarize()["coco_eval_bbox"])
+        evaluator.summarize()
 
-    clocks = [clock(functools.partial(evaluate, backend), options.threads) for backend in ("auto", "pycocotools")]
-    row = {"images": len(truth.imgs), **compare(clocks, options.rounds, "pycocotools")}
-    yield row | {"largest_difference": max(abs(a - b) for a, b in zip(stats[0], stats[-1], strict=True))}
+    clocks = [clock(functools.partial(evaluate, backend)) for backend in ("auto", "pycocotools")]
+    yield {"images": len(truth.imgs), **compare(clocks, options.rounds, "pycocotools")}
 
 
 def detections(truth) -> dict[int, dict]:
     """Make detections near the objects of each image, as post-processing returns them."""
     generator, results = torch.Generator().manual_seed(0), {}
     for image_id, objects in truth.imgToAnns.items():
-        near = torch.randint(0, len(objects), (DETECTIONS,), generator=generator)
-        boxes = torch.tensor([annotation["bbox"] for annotation in objects])[near]
-        start = boxes[:, :2] + boxes[:, 2:] * torch.randn(DETECTIONS, 2, generator=generator) / 10
-        labels = torch.tensor([annotation["category_id"] for annotation in objects])[near]
-        scores = torch.rand(DETECTIONS, generator=generator)
-        results[image_id] = {"boxes": torch.cat([start, start + boxes[:, 2:]], 1), "labels": labels, "scores": scores}
+        near = [objects[i] for i in torch.randint(0, len(objects), (DETECTIONS,), generator=generator)]
+        boxes = box_convert(torch.tensor([annotation["bbox"] for annotation in near]), "xywh", "xyxy")
+        boxes = boxes + torch.randn(DETECTIONS, 4, generator=generator) * 3  # pixels
+        labels = torch.tensor([annotation["category_id"] for annotation in near])
+        results[image_id] = {"boxes": boxes, "labels": labels, "scores": torch.rand(DETECTIONS, generator=generator)}
     return results
 
 
@@ -355,43 +332,28 @@ def dataset(part: str, options):
 
     if not Path(options.coco_path or "", "annotations").is_dir():
         raise SystemExit(f"this reads images in COCO's layout, and --coco_path is {options.coco_path}")
-    parser = argparse.ArgumentParser(parents=[flags()])
-    return build_dataset(part, parser.parse_args(["--coco_path", options.coco_path]))
-
-
-def repeated(path: Path, copies: int) -> dict:
-    """Read an annotation file and repeat its images and annotations under new ids."""
-    content = json.loads(Path(path).read_text())
-    images, annotations = content["images"], content["annotations"]
-    step = 1 + max(record["id"] for record in (*images, *annotations))
-    content["images"] = [{**record, "id": record["id"] + k * step} for k in range(copies) for record in images]
-    content["annotations"] = [
-        {**record, "id": record["id"] + k * step, "image_id": record["image_id"] + k * step}
-        for k in range(copies) for record in annotations
-    ]  # fmt: skip
-    return content
+    return build_dataset(part, flags().parse_args(["--coco_path", options.coco_path]))
 
 
 def machine(device: str) -> str:
     """Name the hardware; AMX and AVX-512 decide the speed of a CPU."""
     if device.startswith("cuda"):
         return torch.cuda.get_device_name()
-    info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    amx = "AMX" if "amx_bf16" in info else "no AMX"
+    info = Path("/proc/cpuinfo")
+    amx = "AMX" if info.exists() and "amx_bf16" in info.read_text() else "no AMX"
     return f"{platform.machine()} CPU, {torch.backends.cpu.get_cpu_capability()}, {amx}"
 
 
 def main(argv: list[str] | None = None) -> list[dict]:
     """Measure, print a table for each subject, and return the rows."""
     options = get_args_parser().parse_args(argv)
-    if min(options.rounds, options.copies, options.queries, options.threads, *options.batch) < 1:
-        raise SystemExit("--rounds, --copies, --queries, --threads and --batch are at least 1")
+    if min(options.rounds, *options.batch) < 1:
+        raise SystemExit("--rounds and --batch are at least 1")
     if options.peer not in (None, "transformers") and not Path(options.peer, "main.py").is_file():
         raise SystemExit(f"--peer {options.peer}: neither transformers nor a folder with a main.py in it")
     if options.tree:
         sys.path.insert(0, str(Path(options.tree).resolve()))
-    torch.set_num_threads(options.threads)
-    print(f"{machine(options.device)}, torch {torch.__version__}, {options.threads} threads")
+    print(f"{machine(options.device)}, torch {torch.__version__}, {torch.get_num_threads()} threads")
     rows = []
     for what in options.what:
         for i, row in enumerate(DATA.get(what, measure_network)(what, options)):

@@ -38,3 +38,25 @@ def build_lr_scheduler(
         return warmup * shape(step / (args.epochs * steps_per_epoch), step // steps_per_epoch // args.lr_drop)
 
     return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+
+
+def restore_optimizer(optimizer: torch.optim.Optimizer, saved: dict, name: str) -> None:
+    """Load the moments that a checkpoint called `name` saved; the options of the groups stay those of the flags.
+
+    Raises ValueError if they are of other parameters.
+    """
+    groups = optimizer.state_dict()["param_groups"]
+    try:
+        counts = [[len(group["params"]) for group in side] for side in (saved["param_groups"], groups)]
+        if counts[0] != counts[1]:
+            raise ValueError(f"groups of {counts[0]} parameters there, of {counts[1]} here")
+        optimizer.load_state_dict({"state": saved["state"], "param_groups": groups})
+        for parameter, moments in optimizer.state.items():
+            if "exp_avg" in moments and moments["exp_avg"].shape != parameter.shape:
+                shapes = list(moments["exp_avg"].shape), list(parameter.shape)
+                raise ValueError(f"an average of shape {shapes[0]} for a parameter of shape {shapes[1]}")
+    except ValueError as error:
+        raise ValueError(
+            f"{name}: its optimizer trained other parameters ({error}). Give the --lr_backbone (0 or not), "
+            "--backbone_norm and --frozen_weights of that run; to start again from these weights, use --finetune"
+        ) from None

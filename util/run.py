@@ -1,5 +1,6 @@
 """The state of a training run: what its checkpoints hold, when they are written, and when the run stops."""
 
+import math
 import platform
 import warnings
 from collections.abc import Iterator, Sequence
@@ -10,13 +11,14 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from torch.optim.swa_utils import AveragedModel
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader
 
 from util.checkpoint import BEST, not_finite, position, save_checkpoint
 from util.dist import all_gather, from_main, get_rank, get_world_size, is_main_process
 from util.interruption import Interruption
 from util.logger import MetricLogger, logger, merge_sums
+from util.optim import build_lr_scheduler, build_optimizer, restore_optimizer
 from util.origin import changed_flags
 from util.output_dir import append_row, truncate_log
 from util.plot_utils import draw_curves
@@ -159,7 +161,7 @@ class Run:
 
     def _restore_state(self, state: dict, name: str) -> None:
         """Load all that a checkpoint holds besides the model."""
-        self._restore_optimizer(state["optimizer"], name)
+        restore_optimizer(self.optimizer, state["optimizer"], name)
         steps = self.epoch * self.steps_per_epoch + _ceil_div(self.seen, self.images_per_step)
         for _ in range(steps if self.steps_per_epoch else self.epoch):
             self._step_schedule()
@@ -177,24 +179,6 @@ class Run:
         if changed:
             logger.info(f"flags changed since the checkpoint take effect: {', '.join(changed.values())}")
         self._restore_processes(state.get("processes", []), name)
-
-    def _restore_optimizer(self, saved: dict, name: str) -> None:
-        """Load the optimizer's moments; the options of its groups stay those of the flags."""
-        groups = self.optimizer.state_dict()["param_groups"]
-        try:
-            counts = [[len(group["params"]) for group in side] for side in (saved["param_groups"], groups)]
-            if counts[0] != counts[1]:
-                raise ValueError(f"groups of {counts[0]} parameters there, of {counts[1]} here")
-            self.optimizer.load_state_dict({"state": saved["state"], "param_groups": groups})
-            for parameter, moments in self.optimizer.state.items():
-                if "exp_avg" in moments and moments["exp_avg"].shape != parameter.shape:
-                    shapes = list(moments["exp_avg"].shape), list(parameter.shape)
-                    raise ValueError(f"an average of shape {shapes[0]} for a parameter of shape {shapes[1]}")
-        except ValueError as error:
-            raise ValueError(
-                f"{name}: its optimizer trained other parameters ({error}). Give the --lr_backbone (0 or not), "
-                "--backbone_norm and --frozen_weights of that run; to start again from these weights, use --finetune"
-            ) from None
 
     def _restore_processes(self, processes: list[dict], name: str) -> None:
         if len(processes) == get_world_size():
@@ -268,6 +252,38 @@ class Run:
         if self.training_only:
             state["training_only"] = self.training_only.state_dict()
         save_checkpoint(state, *(self.output_dir / name for name in names))
+
+
+def build_run(
+    args,
+    model: nn.Module,
+    train_loader: DataLoader,
+    class_names: dict[int, str],
+    training_only: nn.Module | None = None,
+) -> Run:
+    """Build the state of a training run at its beginning."""
+    every_step = args.lr_schedule != "step" or args.warmup_steps > 0
+    steps_per_epoch = math.ceil(len(train_loader) / args.accum_steps) if every_step else 0
+    optimizer = build_optimizer(args, model, training_only)
+    average = get_ema_multi_avg_fn(args.ema_decay)
+    return Run(
+        model,
+        optimizer,
+        build_lr_scheduler(args, optimizer, steps_per_epoch),
+        torch.amp.GradScaler(next(model.parameters()).device.type, enabled=args.amp == "fp16"),
+        vars(args),
+        class_names,
+        output_dir=Path(args.output_dir) if args.output_dir else None,
+        accum_steps=args.accum_steps,
+        save_every_steps=args.save_every_steps,
+        check_signals_every=args.print_freq,
+        lr_drop=args.lr_drop,
+        steps_per_epoch=steps_per_epoch,
+        images_per_step=train_loader.batch_sampler.images_per_step * args.accum_steps,
+        ema=AveragedModel(model, multi_avg_fn=average, use_buffers=True) if args.ema_decay else None,
+        training_only=training_only,
+        epoch=args.start_epoch,
+    )
 
 
 def epoch_score(row: dict) -> float:
