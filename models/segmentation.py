@@ -79,7 +79,7 @@ class DETRsegm(nn.Module):
                 return out
         maps = self.bbox_attention(hs[-1], memory, padding)
         masks = self.mask_head(src, maps, finer)[:, 0]
-        out["pred_masks"] = masks.float().unflatten(0, (maps.shape[0], maps.shape[1]))
+        out["pred_masks"] = masks.float().view(maps.shape[0], maps.shape[1], masks.shape[1], masks.shape[2])
         return out
 
     @torch.jit.unused
@@ -119,14 +119,13 @@ class MHAttentionMap(nn.Module):
 
     def forward(self, q: Tensor, k: Tensor, mask: Tensor | None = None) -> Tensor:
         """Queries [B, Q, C], image [B, C, h, w], padding [B, h, w] -> [B, Q, M, h, w], which sums to 1 over M, h, w."""
-        height, width = k.shape[2], k.shape[3]
         keys = self.k_linear(k.flatten(2).transpose(1, 2)).unflatten(2, (self.num_heads, -1))
         queries = self.q_linear(q).unflatten(2, (self.num_heads, -1)) * self.scale
         scores = torch.einsum("bqmc,bnmc->bqmn", queries, keys)
         if mask is not None:
             scores = scores.masked_fill(mask.flatten(1)[:, None, None], float("-inf"))
-        weights = scores.flatten(2).softmax(-1).view(scores.shape)
-        return self.dropout(weights).unflatten(3, (height, width))
+        weights = scores.flatten(2).softmax(-1).view(q.shape[0], q.shape[1], self.num_heads, k.shape[2], k.shape[3])
+        return self.dropout(weights)
 
 
 class MaskHeadSmallConv(nn.Module):

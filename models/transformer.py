@@ -52,13 +52,13 @@ class Transformer(nn.Module):
         [Q, C]. Returns `hs`, the decoder's output [L, B, Q, C] (L = 1 unless every layer's is kept), and the
         encoder's `memory` [B, C, h, w].
         """
-        batch, _, h, w = src.shape
+        batch = src.shape[0]
         cells, pos = src.flatten(2).transpose(1, 2), pos_embed.flatten(2).transpose(1, 2)
         padding = mask.flatten(1)
         memory = self.encoder(cells, src_key_padding_mask=padding, pos=pos)
         query_pos = query_embed.unsqueeze(0).expand(batch, -1, -1)
         hs = self.decode(memory, padding, pos, query_pos)
-        return hs, memory.transpose(1, 2).unflatten(2, (h, w))
+        return hs, memory.transpose(1, 2).reshape(src.shape)
 
     def decode(
         self, memory: Tensor, padding: Tensor, pos: Tensor, query_pos: Tensor, tgt_mask: MaybeTensor = None
