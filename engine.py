@@ -121,18 +121,22 @@ def evaluate(
     *,
     amp: str | None = None,
     coco_backend: str = "auto",
+    max_detections: int = 100,
     print_freq: int = 10,
 ) -> tuple[dict, CocoEvaluator | None]:
     """Run the model over the data and compute every metric of `datasets.evaluators`, at the images' original sizes.
 
     `base_ds` is the annotations' index as pycocotools builds it (needed on the main process only). Returns the averaged
     losses with, on the main process, the metrics: `coco_eval_bbox` (COCO's twelve numbers), `coco_eval_masks` where
-    there are masks, and `PQ_all`, `PQ_th`, `PQ_st` where there are panoptic maps; and the CocoEvaluator.
+    there are masks, and `PQ_all`, `PQ_th`, `PQ_st` where there are panoptic maps; and the CocoEvaluator. AP counts the
+    `max_detections` best detections of each image.
     """
     model.eval()
     criterion.eval()
     metrics = MetricLogger(delimiter="  ")
     evaluators = build_evaluators(postprocessors, data_loader, base_ds, output_dir, coco_backend)
+    if "coco" in evaluators:
+        evaluators["coco"].set_max_detections(max_detections)
     for samples, targets in metrics.log_every(data_loader, print_freq, "Test:"):
         samples = samples.to(device, non_blocking=True)
         on_device = to_device(targets, device)

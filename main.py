@@ -17,10 +17,12 @@ import datasets
 import models
 from datasets import build_dataset, get_coco_api_from_dataset
 from datasets.coco import ALLOWED, AUGMENTS, IMAGE_DTYPES
+from datasets.coco_backends import pick_backend
 from datasets.coco_checks import compare_categories
 from datasets.coco_eval import write_evaluation
 from datasets.loaders import build_train_loader, build_val_loader
 from engine import allow_tf32, compile_network, evaluate, train_one_epoch
+from models import build_model
 from models.denoising import build_denoising
 from models.position_encoding import LEARNED_CELLS, POSITION_EMBEDDINGS
 from models.weights import build_parts
@@ -32,6 +34,8 @@ from util.output_dir import files_to_replace, locked, make_folder
 from util.project import get_sha
 from util.run import build_run
 
+__all__ = ["build_dataset", "build_model", "get_args_parser", "get_coco_api_from_dataset", "main"]
+
 # fmt: off
 AT_LEAST = dict.fromkeys((  # the least value of each flag that is a number; dropout and ema_decay are below 1 besides
     "lr", "lr_backbone", "weight_decay", "clip_max_norm", "enc_layers", "dropout", "ema_decay", "denoising_groups",
@@ -42,7 +46,7 @@ AT_LEAST = dict.fromkeys((  # the least value of each flag that is a number; dro
     "batch_size", "epochs", "lr_drop", "accum_steps", "dec_layers", "dim_feedforward", "hidden_dim", "nheads",
     "num_queries", "num_classes", "min_size", "max_size", "shapes_train", "shapes_val", "shapes_size",
     "shapes_classes", "eval_every", "print_freq", "world_size",
-), 1)
+), 1) | {"eval_max_dets": 10}
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -156,6 +160,8 @@ def get_args_parser() -> argparse.ArgumentParser:
         help="batch only images of equal size at evaluation, so that the batch size does not change the AP")
     add("--coco_eval", default="auto", choices=("auto", "hotcoco", "pycocotools", "faster"),
         help="AP by hotcoco or pycocotools (the same numbers); auto, or its old name faster: hotcoco where installed")
+    add("--eval_max_dets", default=100, type=int,
+        help="detections of an image that AP counts, the best ones; COCO's protocol says 100")
     add("--save_every_steps", default=0, type=int,
         help="write checkpoint.pth every so many steps too; 0: after each epoch, and when the run is stopped")
     add("--on_bad_image", default="stop", choices=("stop", "skip"),
@@ -214,6 +220,7 @@ def main(args) -> None:
     """
     args = with_defaults(args, vars(get_args_parser().parse_args([])))
     check_flags(args)
+    pick_backend(args.coco_eval)  # raises for a package that is not installed
     configure_logging()
     folder = "" if args.eval else args.output_dir
     with process_group(args.device, args.dist_url) as processes, locked(folder):
@@ -235,7 +242,8 @@ def run_process(args, processes: ProcessInfo) -> None:
     if args.compile:
         compile_network(model)
     evaluation = (criterion, postprocessors, val_loader, base_ds, device, args.output_dir)
-    options = {"amp": args.amp, "coco_backend": args.coco_eval, "print_freq": args.print_freq}
+    options = {"amp": args.amp, "coco_backend": args.coco_eval, "max_detections": args.eval_max_dets}
+    options["print_freq"] = args.print_freq
     if args.eval:
         _, evaluator = evaluate(model, *evaluation, **options)
         write_evaluation(evaluator, args.output_dir, "eval.pth")

@@ -4,6 +4,7 @@ import contextlib
 import copyreg
 import importlib.util
 import io
+import warnings
 
 import numpy as np
 from pycocotools.coco import COCO
@@ -75,6 +76,11 @@ class Hotcoco:
 
         return hotcoco.COCOeval(truth, found, iou_type)
 
+    def summarize(self, evaluation) -> None:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "hotcoco: max_dets differ")  # as --eval_max_dets asks for
+            evaluation.summarize()
+
 
 def _reduce_params(params):
     """Pickle hotcoco's parameters as pycocotools' (for copyreg)."""
@@ -109,6 +115,14 @@ class Pycocotools:
 
     def evaluation(self, truth: COCO, found: COCO, iou_type: str) -> COCOeval:
         return COCOeval(truth, found, iou_type)
+
+    def summarize(self, evaluation: COCOeval) -> None:
+        evaluation.summarize()
+        if 100 not in evaluation.params.maxDets:  # the first line is of 100 detections whatever the limit, here -1
+            precision = evaluation.eval["precision"][:, :, :, 0, -1]
+            counted = precision[precision > -1]
+            evaluation.stats[0] = counted.mean() if counted.size else -1
+            print(f" The first line with maxDets={evaluation.params.maxDets[-1]}: {evaluation.stats[0]:.3f}")
 
 
 def pick_backend(name: str) -> Hotcoco | Pycocotools:

@@ -51,6 +51,11 @@ class CocoEvaluator:
                 nothing = self._backend.detections(self._truth, np.zeros((0, 7)), [])
                 self.coco_eval[iou_type] = self._backend.evaluation(self._truth, nothing, iou_type)
 
+    def set_max_detections(self, number: int) -> None:
+        """Count so many detections of an image, the best ones; COCO's protocol, and the default, is 100."""
+        for evaluation in self.coco_eval.values():
+            evaluation.params.maxDets = [1, 10, number]
+
     def update(self, predictions: dict[int, dict[str, Tensor]], batch=None) -> None:
         """Add results by image id, as the post-processors give them (`batch` is not used).
 
@@ -102,7 +107,7 @@ class CocoEvaluator:
             if not self.results:
                 continue
             with contextlib.redirect_stdout(io.StringIO()) as table:
-                evaluation.summarize()
+                self._backend.summarize(evaluation)
             logger.info(f"IoU metric: {iou_type}\n{table.getvalue().rstrip()}")
             stats[LOG_NAMES[iou_type]] = [float(number) for number in evaluation.stats[:12]]
             if evaluation.stats[0] == -1:
@@ -115,7 +120,7 @@ class CocoEvaluator:
             if crowded:
                 logger.warning(
                     f"{len(crowded)} images have more than {limit} objects, but AP counts only the {limit} best "
-                    f"detections of an image (coco_eval[{iou_type!r}].params.maxDets): {crowded[:5]}"
+                    f"detections of an image (--eval_max_dets raises that limit): images {crowded[:5]}"
                 )
         return stats
 

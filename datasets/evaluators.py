@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils.data import Subset
 
 from datasets.coco_eval import CocoEvaluator
+from datasets.detection_stats import DetectionStats
 from datasets.panoptic_eval import PanopticEvaluator
 
 
@@ -87,8 +88,13 @@ def panoptic_quality(postprocessors: dict, data_loader, base_ds, output_dir, coc
     return PanopticQuality(postprocessors["panoptic"], evaluator)
 
 
+def detection_stats(postprocessors: dict, data_loader, base_ds, output_dir, coco_backend) -> DetectionStats:
+    """Count the boxes shown for each object, and warn of detections that tell nothing."""
+    return DetectionStats()
+
+
 # Functions that build an evaluator, or return None where its metric does not apply. A metric of your own is one more.
-EVALUATORS = {"coco": box_and_mask_ap, "panoptic": panoptic_quality}
+EVALUATORS = {"coco": box_and_mask_ap, "panoptic": panoptic_quality, "detections": detection_stats}
 
 
 def build_evaluators(

@@ -289,6 +289,21 @@ def test_functions_of_the_old_evaluator_give_the_same_ap(truth):
     assert np.array_equal(whole.eval["precision"], expected.coco_eval["bbox"].eval["precision"])
 
 
+@pytest.mark.parametrize("backend", ["hotcoco", "pycocotools"])
+@pytest.mark.parametrize(("limit", "expected"), [(100, 0.663), (200, 1.0)])
+def test_limit_of_detections_decides_how_many_of_150_objects_count(backend, limit, expected):
+    boxes = [[k % 15 * 8, k // 15 * 9, 6, 7] for k in range(150)]
+    annotations = [{"image_id": 5, "category_id": 1, "bbox": box, "area": 42, "iscrowd": 0} for box in boxes]
+    content = {"images": [{"id": 5}], "annotations": annotations, "categories": [{"id": 1, "name": "a"}]}
+    corners = torch.tensor([[x, y, x + w, y + h] for x, y, w, h in boxes])
+    evaluator = CocoEvaluator(index_coco(content), ["bbox"], backend)
+    evaluator.set_max_detections(limit)
+    evaluator.update({5: {"scores": torch.rand(150), "labels": torch.ones(150, dtype=torch.int64), "boxes": corners}})
+    evaluator.synchronize_between_processes()
+    evaluator.accumulate()
+    assert evaluator.summarize()["coco_eval_bbox"][:2] == pytest.approx([expected, expected], abs=1e-3)
+
+
 def test_images_with_more_objects_than_ap_counts_are_named(caplog):
     boxes = [[k % 15 * 8, k // 15 * 9, 6, 7] for k in range(101)]
     annotations = [{"image_id": 5, "category_id": 1, "bbox": box, "area": 42, "iscrowd": 0} for box in boxes]

@@ -51,7 +51,7 @@ def test_metric_added_to_the_table_is_computed_by_evaluate(coco_root, monkeypatc
 
 
 def test_evaluators_follow_the_postprocessors():
-    assert list(build_evaluators({"bbox": 0}, None, None, "")) == ["coco"]
+    assert list(build_evaluators({"bbox": 0}, None, None, "")) == ["coco", "detections"]
     assert build_evaluators({"bbox": 0, "segm": 0}, None, None, "")["coco"].iou_types == ["segm", "bbox"]
 
 

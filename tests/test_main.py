@@ -262,7 +262,7 @@ def test_resume_with_changed_rates_uses_and_logs_them(finished, tmp_path, caplog
 ])  # fmt: skip
 def test_resume_with_another_schedule_gives_the_same_bits(finished, tmp_path, monkeypatch, schedule):
     _, flags = finished
-    monkeypatch.setattr(main, "build_lr_scheduler", schedule)
+    monkeypatch.setattr("util.run.build_lr_scheduler", schedule)
     run(f"{flags} --output_dir {tmp_path}/whole")
     with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="broken"):
         interrupt(patch, "epoch 2, step 1", broken)
