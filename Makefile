@@ -19,10 +19,10 @@ demo: $(VENV)/.run
 	@echo "AP above; curves in $(DEMO)/curves.png, predictions in $(DEMO)/predictions.png"
 
 test: lint
-	$(RUN) -m pytest -q -rs --durations=10
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -q -rs --durations=10 -n 2 --dist worksteal
 
 test-fast: $(VENV)/.dev  # unit tests only
-	OMP_NUM_THREADS=1 $(RUN) -m pytest -q -m "not slow and not distributed and not slurm and not gpu"
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n 2 -m "not slow and not distributed and not slurm and not gpu"
 
 test-slurm: $(VENV)/.dev  # as root: installs Debian's Slurm if it is absent, and runs jobs on a cluster of one node
 	tests/slurm_cluster.sh start .slurm

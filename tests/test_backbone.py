@@ -167,6 +167,7 @@ def test_joiner_own_backbone_gets_normalised_floats():
 
 
 @pytest.mark.parametrize("name", ["resnet152", "resnext50_32x4d", "wide_resnet50_2"])
+@pytest.mark.slow
 def test_backbone_any_torchvision_resnet_equals_torchvisions(name):
     torch.manual_seed(0)
     backbone = Backbone(name, True, False, False, weights="none")

@@ -361,6 +361,7 @@ load_checkpoint("https://nowhere.example/weights.pth")
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP", "SIGINT", "SIGUSR1", "SIGKILL"])
+@pytest.mark.slow
 def test_download_that_a_signal_ends_leaves_nothing_partial(tmp_path, name):
     env = os.environ | {"TORCH_HOME": str(tmp_path)}
     number = getattr(signal, name)

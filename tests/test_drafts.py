@@ -36,6 +36,7 @@ def kill_while_saving(path):
 
 
 @pytest.mark.parametrize("name", ["checkpoint.pth", "eval/latest.pth"])
+@pytest.mark.slow
 def test_lock_removes_the_drafts_of_a_killed_run(tmp_path, name):
     kill_while_saving(tmp_path / name)
     newest_checkpoint(tmp_path)  # looking removes nothing
@@ -44,6 +45,7 @@ def test_lock_removes_the_drafts_of_a_killed_run(tmp_path, name):
         assert not drafts((tmp_path / name).parent)
 
 
+@pytest.mark.slow
 def test_saving_removes_the_drafts_of_a_killed_process_in_any_folder(tmp_path):
     kill_while_saving(tmp_path / "eval.pth")
     save_checkpoint({"model": {}}, tmp_path / "eval.pth")

@@ -34,6 +34,7 @@ def parts(flags=""):
     return model, criterion, post, torch.optim.AdamW(model.parameters(), lr=1e-3)
 
 
+@pytest.mark.slow
 def test_an_epoch_learns_and_reports_what_the_log_needs():
     model, criterion, _, optimizer = parts()
     batches = [batch(2, i) for i in (1, 3)]
@@ -128,6 +129,7 @@ def test_bf16_runs_the_network_in_half_and_the_loss_in_float():
     assert seen == [torch.bfloat16, torch.float32] and math.isfinite(stats["loss"])
 
 
+@pytest.mark.slow
 def test_fp16_scales_its_loss_and_leaves_out_steps_that_overflow():
     model, criterion, _, _ = parts("--backbone_norm batch")
     run = main.build_run(parse("--amp fp16"), model, loader_of(), {})
@@ -151,6 +153,7 @@ def test_train_with_a_gradient_that_is_not_finite_stops_before_the_step(max_norm
     assert torch.equal(before, model.class_embed.weight)
 
 
+@pytest.mark.slow
 def test_train_in_fp16_with_a_forward_overflow_skips_the_step_and_stops_when_a_lower_scale_does_not_help(monkeypatch):
     monkeypatch.setattr("engine.MIN_SCALE", 2.0**3)  # fewer steps: fp16 is slow on a CPU
     model, criterion, _, _ = parts("--backbone_norm batch")
@@ -228,6 +231,7 @@ def test_gradients_left_from_before_do_not_count():
     torch.testing.assert_close(one_step(stale=9.0), one_step())
 
 
+@pytest.mark.slow
 def test_fp16_gradients_are_clipped_unscaled():
     model, criterion, _, _ = parts("--backbone_norm batch")
     norms, scaler = [], torch.amp.GradScaler("cpu", init_scale=2.0**7)

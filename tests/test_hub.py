@@ -87,6 +87,7 @@ def test_91_classes_into_2_keep_all_but_the_class_head_and_say_so(official, capl
     assert all(torch.equal(own[name], state[name]) for name in own if not name.startswith("class_embed"))
 
 
+@pytest.mark.slow
 def test_the_published_weights_are_asked_for_by_address_and_hash(official, monkeypatch):
     asked = []
 

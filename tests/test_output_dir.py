@@ -16,6 +16,7 @@ HOLD = "import sys, time\nfrom util.output_dir import locked\n"
 HOLD += "with locked(sys.argv[1]):\n    print('locked', flush=True)\n    time.sleep(100)"
 
 
+@pytest.mark.slow
 def test_lock_held_by_another_process_is_refused_with_its_id_and_released_at_its_death(tmp_path, monkeypatch):
     monkeypatch.setattr(output_dir, "PATIENCE", 0.2)
     other = subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path)], stdout=subprocess.PIPE, text=True)

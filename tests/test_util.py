@@ -85,6 +85,7 @@ def test_setup_for_distributed_silences_the_other_processes(caplog):
 
 
 @pytest.mark.parametrize("output", ["closed", "full"])
+@pytest.mark.slow
 def test_logging_to_an_output_that_fails_does_not_raise(output):
     code = "from util.logger import configure_logging, logger\nconfigure_logging()\nimport sys\n"
     code += "for i in range(1000): logger.info('x' * 1000)\nprint('a print')\nsys.stderr.write('end')"

@@ -21,7 +21,6 @@ from util.logger import MetricLogger, logger, merge_sums
 from util.optim import build_lr_scheduler, build_optimizer, restore_optimizer
 from util.origin import changed_flags
 from util.output_dir import append_row, truncate_log
-from util.plot_utils import draw_curves
 from util.random_state import random_state, restore_random_state
 from util.safe_load import first_line
 
@@ -198,6 +197,8 @@ class Run:
 
     def _draw_curves(self) -> None:
         try:
+            from util.plot_utils import draw_curves  # here: matplotlib's import takes half a second
+
             draw_curves(self.output_dir)
         except Exception as error:  # a picture is no reason to end a training
             logger.warning(f"{self.output_dir}/curves.png could not be drawn: {error}")
