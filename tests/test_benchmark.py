@@ -10,6 +10,7 @@ import torch
 import engine
 from tools import benchmark
 from tools.benchmark import Detr, Transformers, random_targets
+from util.nested_tensor import nested_tensor_from_tensor_list
 
 SMALL = "--models resnet18 --batch 1 --size 64x80 --device cpu --rounds 1"
 SETTING = {"model": "resnet50", "device": "cpu", "batch": 2, "size": [[64, 80]], "precision": "float32"}
@@ -81,7 +82,8 @@ def test_benchmark_without_its_data_ends_in_a_sentence(flags, message):
 def test_detr_and_its_peer_have_the_same_shape():
     pytest.importorskip("transformers", reason="the peer is Hugging Face's transformers, which is not installed")
     ours, theirs = Detr(SETTING), Transformers(SETTING)
-    images, targets = [torch.rand(3, 64, 80), torch.rand(3, 60, 70)], random_targets(SETTING)
+    images = nested_tensor_from_tensor_list([torch.rand(3, 64, 80), torch.rand(3, 60, 70)])
+    targets = random_targets(SETTING)
     assert theirs.model(**theirs.inputs(images)).logits.shape == ours.model(**ours.inputs(images))["pred_logits"].shape
     assert theirs.loss(theirs.inputs(images), targets).isfinite()
     trained = [sum(p.numel() for p in one.model.parameters() if p.requires_grad) for one in (ours, theirs)]

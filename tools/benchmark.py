@@ -3,11 +3,10 @@
 python tools/benchmark.py forward train criterion --peer transformers          # beside Hugging Face's DETR
 python tools/benchmark.py forward --batch 1 4 16 --precision float32 bf16 --compile --device cuda
 python tools/benchmark.py train --peer ../other-detr                           # another tree with DETR's contract
-python tools/benchmark.py loader predict --coco_path /data/coco                # images per second
-python tools/benchmark.py index evaluator --coco_path /data/coco               # beside pycocotools
+python tools/benchmark.py loader predict index evaluator --coco_path /data/coco
 
 The calls of both sides alternate, so that other load on the machine slows both. `s` is the median of --rounds
-measurements, `peak_gb` (on a GPU) the most memory of a call, `ratio` the peer's time divided by ours.
+measurements, `peak_gb` (on a GPU) the most memory of a call, `ratio` the peer's time over ours.
 """
 
 import argparse
@@ -34,8 +33,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 # Modules of the project are imported in functions: with --tree they are another folder's.
 AMP = {"bf16": torch.bfloat16, "fp16": torch.float16}
 QUERIES, CLASSES, OBJECTS = 100, 91, 7  # main.py's default; COCO's; its mean number of objects in an image
-DETECTIONS = 100  # in an image, for `evaluator`
-LOADED = 32  # images in a call of `loader` and `predict`
+LOADED = 32  # images in a call
 
 
 # fmt: off
@@ -70,8 +68,7 @@ class Detr:
         model, device = setting["model"], setting["device"]
         args = flags().parse_args(["--device", device])
         args.backbone, args.dilation, args.backbone_weights = model.removesuffix("-dc5"), "-dc5" in model, "none"
-        with contextlib.redirect_stdout(io.StringIO()):
-            self.model, self.criterion, _ = build_model(args)
+        self.model, self.criterion, _ = build_model(args)
         self.model.to(device)
 
     def inputs(self, images) -> dict:
@@ -94,10 +91,10 @@ class Transformers:
         depths = {"resnet50": [3, 4, 6, 3], "resnet101": [3, 4, 23, 3]}.get(setting["model"])
         if depths is None:
             raise SystemExit(f"--peer transformers has no {setting['model']}: choose resnet50 or resnet101")
-        backbone = ResNetConfig(**{"depths": depths, "out_features": ["stage4"]})  # typed only by its base class
-        dropout = {"attention_dropout": 0.1, "activation_dropout": 0.1}  # the paper's; 0 by default there
-        shape = {"num_queries": QUERIES, "num_labels": CLASSES, "auxiliary_loss": True}
-        self.model = DetrForObjectDetection(DetrConfig(backbone_config=backbone, **shape, **dropout))
+        backbone: dict = {"depths": depths, "out_features": ["stage4"]}
+        shape: dict = {"num_queries": QUERIES, "num_labels": CLASSES, "auxiliary_loss": True}
+        shape |= {"attention_dropout": 0.1, "activation_dropout": 0.1}  # the paper's; 0 by default there
+        self.model = DetrForObjectDetection(DetrConfig(backbone_config=ResNetConfig(**backbone), **shape))
         self.model.to(setting["device"])
         for name, parameter in self.model.model.backbone.named_parameters():
             parameter.requires_grad_(any(f"stages.{stage}" in name for stage in (1, 2, 3)))
@@ -191,16 +188,11 @@ def prepare(side: type, what: str, setting: dict) -> Callable[[], float]:
     return clock(CALLS[what](one, setting))
 
 
-def clock(call: Callable, threads: int | None = None) -> Callable[[], float]:
-    """Run a call once; return a function that measures its seconds, without what it prints."""
-    timer = Timer("call()", globals={"call": call}, num_threads=threads or torch.get_num_threads())
-
-    def measure() -> float:
-        with contextlib.redirect_stdout(io.StringIO()):
-            return timer.timeit(1).mean
-
-    measure()
-    return measure
+def clock(call: Callable) -> Callable[[], float]:
+    """Run a call once; return a function that measures its seconds."""
+    timer = Timer("call()", globals={"call": call}, num_threads=torch.get_num_threads())
+    call()
+    return lambda: timer.timeit(1).mean
 
 
 def other_tree(options, what: str, row: dict) -> Callable[[], float]:
@@ -221,7 +213,8 @@ def other_tree(options, what: str, row: dict) -> Callable[[], float]:
 
 def compare(clocks: list[Callable[[], float]], rounds: int, peer: str = "peer") -> dict:
     """Measure the sides in turn; return our time, and the peer's and the ratio if there is one."""
-    times = [[measure() for measure in clocks] for _ in range(rounds)]
+    with contextlib.redirect_stdout(io.StringIO()):
+        times = [[measure() for measure in clocks] for _ in range(rounds)]
     seconds = [statistics.median(column) for column in zip(*times, strict=True)]
     row = {"s": seconds[0]}
     return row if len(clocks) == 1 else {**row, f"{peer}_s": seconds[1], "ratio": seconds[1] / seconds[0]}
@@ -247,7 +240,7 @@ def measure_network(what: str, options) -> Iterator[dict]:
 
 
 def measure_loader(what: str, options) -> Iterator[dict]:
-    """Load images in batches of two in one thread."""
+    """Load images in batches of two, in this process."""
     from util.nested_tensor import collate_fn
 
     def load(data, count: int):
@@ -256,7 +249,7 @@ def measure_loader(what: str, options) -> Iterator[dict]:
     for part in ("train", "val"):
         data = dataset(part, options)
         count = min(LOADED, len(data)) // 2 * 2
-        row = compare([clock(functools.partial(load, data, count), 1)], options.rounds)
+        row = compare([clock(functools.partial(load, data, count))], options.rounds)
         yield {"images": f"{count} {part}", **row, "images_per_s": count / row["s"]}
 
 
@@ -288,7 +281,7 @@ def measure_index(what: str, options) -> Iterator[dict]:
     from datasets.coco_index import read_coco_index
 
     path = Path(dataset("train", options).ann_file)
-    clocks = [clock(functools.partial(read, str(path)), 1) for read in (read_coco_index, COCO)]
+    clocks = [clock(functools.partial(read, str(path))) for read in (read_coco_index, COCO)]
     yield {"json_mb": path.stat().st_size / 1e6, **compare(clocks, options.rounds, "pycocotools")}
 
 
@@ -296,8 +289,13 @@ def measure_evaluator(what: str, options) -> Iterator[dict]:
     """Compute box AP of random detections near the validation objects, beside pycocotools."""
     from datasets.coco_eval import CocoEvaluator
 
-    truth = dataset("val", options).coco
-    results = detections(truth)
+    truth, results = dataset("val", options).coco, {}
+    for image_id, objects in truth.imgToAnns.items():
+        near = [objects[i] for i in torch.randint(0, len(objects), (QUERIES,))]
+        boxes = box_convert(torch.tensor([annotation["bbox"] for annotation in near]), "xywh", "xyxy")
+        labels = torch.tensor([annotation["category_id"] for annotation in near])
+        noise = 3 * torch.randn(QUERIES, 4)  # pixels
+        results[image_id] = {"boxes": boxes + noise, "labels": labels, "scores": torch.rand(QUERIES)}
 
     def evaluate(backend: str):
         evaluator = CocoEvaluator(truth, ["bbox"], backend)
@@ -308,18 +306,6 @@ def measure_evaluator(what: str, options) -> Iterator[dict]:
 
     clocks = [clock(functools.partial(evaluate, backend)) for backend in ("auto", "pycocotools")]
     yield {"images": len(truth.imgs), **compare(clocks, options.rounds, "pycocotools")}
-
-
-def detections(truth) -> dict[int, dict]:
-    """Make detections near the objects of each image, as post-processing returns them."""
-    generator, results = torch.Generator().manual_seed(0), {}
-    for image_id, objects in truth.imgToAnns.items():
-        near = [objects[i] for i in torch.randint(0, len(objects), (DETECTIONS,), generator=generator)]
-        boxes = box_convert(torch.tensor([annotation["bbox"] for annotation in near]), "xywh", "xyxy")
-        boxes = boxes + torch.randn(DETECTIONS, 4, generator=generator) * 3  # pixels
-        labels = torch.tensor([annotation["category_id"] for annotation in near])
-        results[image_id] = {"boxes": boxes, "labels": labels, "scores": torch.rand(DETECTIONS, generator=generator)}
-    return results
 
 
 DATA = {"loader": measure_loader, "predict": measure_predict, "index": measure_index, "evaluator": measure_evaluator}
@@ -335,15 +321,6 @@ def dataset(part: str, options):
     return build_dataset(part, flags().parse_args(["--coco_path", options.coco_path]))
 
 
-def machine(device: str) -> str:
-    """Name the hardware; AMX and AVX-512 decide the speed of a CPU."""
-    if device.startswith("cuda"):
-        return torch.cuda.get_device_name()
-    info = Path("/proc/cpuinfo")
-    amx = "AMX" if info.exists() and "amx_bf16" in info.read_text() else "no AMX"
-    return f"{platform.machine()} CPU, {torch.backends.cpu.get_cpu_capability()}, {amx}"
-
-
 def main(argv: list[str] | None = None) -> list[dict]:
     """Measure, print a table for each subject, and return the rows."""
     options = get_args_parser().parse_args(argv)
@@ -353,7 +330,9 @@ def main(argv: list[str] | None = None) -> list[dict]:
         raise SystemExit(f"--peer {options.peer}: neither transformers nor a folder with a main.py in it")
     if options.tree:
         sys.path.insert(0, str(Path(options.tree).resolve()))
-    print(f"{machine(options.device)}, torch {torch.__version__}, {torch.get_num_threads()} threads")
+    cpu = f"{platform.machine()} CPU, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
+    machine = torch.cuda.get_device_name() if options.device.startswith("cuda") else cpu
+    print(f"{machine}, torch {torch.__version__}")
     rows = []
     for what in options.what:
         for i, row in enumerate(DATA.get(what, measure_network)(what, options)):
@@ -363,7 +342,7 @@ def main(argv: list[str] | None = None) -> list[dict]:
             print(f"| {' | '.join(cells)} |", flush=True)
             rows.append({"what": what, **row})
     if options.output:
-        options.output.write_text(json.dumps({"machine": machine(options.device), "rows": rows}, indent=1))
+        options.output.write_text(json.dumps({"machine": machine, "rows": rows}, indent=1))
     return rows
 
 
