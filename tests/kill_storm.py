@@ -24,8 +24,8 @@ SECONDS = 120  # a process that does nothing for so long hangs
 class KilledRun:
     """Kills of one training, each at a random moment after some more steps."""
 
-    def __init__(self, folder: Path, epochs: int, seed: int):
-        self.folder, self.epochs, self.random = folder, epochs, random.Random(seed)
+    def __init__(self, folder: Path, epochs: int, seed: int, more: str = ""):
+        self.folder, self.epochs, self.random, self.more = folder, epochs, random.Random(seed), more
         self.checkpoint = folder / "killed" / "checkpoint.pth"
         self.kills: dict[str, int] = {}
         objects = [(i, 1 + i % 2, [i, 4, 20, 30], {}) for i in range(1, 17)]
@@ -36,7 +36,7 @@ class KilledRun:
     def start(self, name: str, workers: int) -> subprocess.Popen:
         """Start the training in a process group of its own."""
         flags = f"{TINY} --coco_path {self.folder}/coco --output_dir {self.folder / name} --resume auto --batch_size 2 "
-        flags += f"--epochs {self.epochs} --lr_drop 3 --save_every_steps 1 --num_workers {workers}"
+        flags += f"--epochs {self.epochs} --lr_drop 3 --save_every_steps 1 --num_workers {workers} {self.more}"
         command = [sys.executable, "main.py", *flags.split()]
         with open(self.folder / f"{name}.log", "a") as log:
             env = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -76,9 +76,9 @@ class KilledRun:
             time.sleep(pause)
 
 
-def storm(folder: Path, kills: int, epochs: int, seed: int = 0) -> dict[str, int]:
+def storm(folder: Path, kills: int, epochs: int, seed: int = 0, more: str = "") -> dict[str, int]:
     """Train twice, once under kills, and compare; return how often each kind of kill was used."""
-    run = KilledRun(folder, epochs, seed)
+    run = KilledRun(folder, epochs, seed, more)
     assert run.start("whole", 0).wait(600) == 0, (folder / "whole.log").read_text()[-2000:]
     for _ in range(kills):
         run.kill()
@@ -96,5 +96,6 @@ if __name__ == "__main__":
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--epochs", type=int, default=8)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--more", default="", help="more flags of main.py, in one word")
     flags = parser.parse_args()
-    print(storm(flags.folder, flags.kills, flags.epochs, flags.seed), "and the same bits in the end")
+    print(storm(flags.folder, flags.kills, flags.epochs, flags.seed, flags.more), "and the same bits in the end")

@@ -55,6 +55,12 @@ def test_contradictions_are_refused_in_a_sentence(flags, words):
         run(flags)
 
 
+def test_an_evaluation_package_that_is_not_installed_is_refused_at_the_start(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="pip install hotcoco"):
+        run("--coco_eval hotcoco --coco_path nowhere")
+
+
 @pytest.mark.parametrize("value", ["nan", "inf", "-1"])
 @pytest.mark.parametrize("parse_flags, check", [
     (parse, main.check_flags),

@@ -10,7 +10,7 @@ import torch
 import util.misc as utils
 from util import plot_utils
 from util.dist import init_distributed_mode, pick_device, process_info_from_environment, reduce_dict
-from util.logger import MetricLogger, SmoothedValue, finite_or_null, logger
+from util.logger import MetricLogger, SmoothedValue, configure_logging, finite_or_null, logger
 
 
 def test_smoothed_value_has_statistics_of_its_window_and_of_all():
@@ -94,6 +94,13 @@ def test_logging_to_an_output_that_fails_does_not_raise(output):
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     assert done.stderr.startswith("standard output cannot be written") and done.stderr.endswith("end")
+
+
+def test_logging_prints_control_characters_as_escapes(capsys, monkeypatch):
+    monkeypatch.setattr(logger, "handlers", [])
+    configure_logging()
+    logger.warning("a class \x1b[31mred\x1b[0m\r\x9b1A\nnext\tline é")
+    assert capsys.readouterr().out == "a class \\x1b[31mred\\x1b[0m\\r\\x9b1A\nnext\tline é\n"
 
 
 def test_finite_or_null_replaces_what_json_lacks():

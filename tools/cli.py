@@ -18,8 +18,7 @@ def exit_status(main: Callable[[], int | None]) -> int:
     try:
         return main() or 0
     except (ValueError, OSError) as error:
-        lines = [printable(line) for line in str(error).split("\n")]
-        print("error:", "\n".join(lines), file=sys.stderr)
+        print("error:", printable(error, keep="\n"), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

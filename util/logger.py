@@ -15,6 +15,8 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
+from util.text import printable
+
 logger = logging.getLogger("detr")
 
 
@@ -22,12 +24,12 @@ class _StdoutHandler(logging.StreamHandler):
     """Print to standard output, above a progress bar if there is one.
 
     An output that is closed (`| head`) or on a full disk must not end a training: what is printed after the first
-    error, by anybody, is discarded.
+    error, by anybody, is discarded. Control characters are printed as escapes: class and file names come from data.
     """
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
-            tqdm.write(self.format(record), file=sys.stdout)
+            tqdm.write(printable(self.format(record), keep="\n\t"), file=sys.stdout)
             sys.stdout.flush()
         except (OSError, ValueError) as error:
             _discard_stdout()
