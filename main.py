@@ -32,6 +32,7 @@ from util.flags import check_numbers, with_defaults
 from util.logger import configure_logging, logger
 from util.output_dir import files_to_replace, locked, make_folder
 from util.project import get_sha
+from util.recipes import RECIPES, parse_args
 from util.run import build_run
 
 __all__ = ["build_dataset", "build_model", "get_args_parser", "get_coco_api_from_dataset", "main"]
@@ -144,6 +145,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--shapes_seed", default=new["shapes_seed"], type=int, help="seed of the generated dataset")
 
     add = _group(parser, "run")
+    add("--recipe", choices=list(RECIPES), help="values for many flags at once (util/recipes.py); given flags override")
     add("--output_dir", default="", help="where checkpoints, logs and pictures go; empty: nowhere")
     add("--device", default="cuda", help="device to run on; without a GPU the CPU is used")
     add("--seed", default=42, type=int, help="seed of weights, data order and augmentation")
@@ -311,4 +313,4 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(
         description=__doc__, parents=[get_args_parser()], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    main(parser.parse_args())
+    main(parse_args(parser))

@@ -12,6 +12,7 @@ import uuid
 from pathlib import Path
 
 import main as detr
+from util import recipes
 from util.flags import check_numbers
 
 AT_LEAST = {"ngpus": 1, "nodes": 1, "timeout": 1, "mem_gb": 1, "cpus_per_task": 1, "signal_delay": 0}
@@ -38,7 +39,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--mem_gb", default=None, type=int, help="memory of a node; default: 40 for each process")
     add("--cpus_per_task", default=10, type=int, help="CPUs of each process")
     add("--signal_delay", default=120, type=int, help="seconds between Slurm's warning and the end of the time")
-    return parser.parse_args(argv)
+    return recipes.parse_args(parser, argv)
 
 
 def get_shared_folder() -> Path:

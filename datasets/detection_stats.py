@@ -24,7 +24,7 @@ class DetectionStats:
         ):
             result = predictions[image_id]
             boxes = result["boxes"].detach().float().cpu() / torch.tensor([width, height, width, height])
-            self.images[image_id] = boxes, result["scores"].detach().float().cpu(), len(target["labels"])
+            self.images[image_id] = boxes, result["scores"].detach().float().cpu(), len(target.get("labels", ()))
 
     def synchronize_between_processes(self) -> None:
         """Bring every process's images to the main one."""

@@ -1,0 +1,49 @@
+"""Recipes: named sets of flag values (`--recipe NAME`). A flag on the command line overrides its recipe's value."""
+
+import argparse
+from collections.abc import Sequence
+from typing import Any
+
+# A small DETR trained from scratch on generated images, on a CPU: batch norm that trains, pre-norm layers, few queries,
+# images of one size.
+DEMO = {
+    "dataset_file": "shapes",
+    "coco_path": "data/shapes",
+    "shapes_classes": 3,
+    "shapes_size": 128,
+    "min_size": 80,
+    "max_size": 80,
+    "augment": "flip",
+    "device": "cpu",
+    "num_workers": 0,
+    "print_freq": 25,
+    "backbone": "resnet18",
+    "backbone_weights": "none",
+    "backbone_norm": "batch",
+    "pre_norm": True,
+    "hidden_dim": 128,
+    "dim_feedforward": 256,
+    "enc_layers": 2,
+    "dec_layers": 3,
+    "num_queries": 12,
+    "dropout": 0.0,
+    "batch_size": 8,
+    "lr": 5e-4,
+    "lr_backbone": 5e-4,
+    "eos_coef": 0.4,
+    "denoising_groups": 5,
+    "ema_decay": 0.999,
+    "lr_schedule": "linear",
+    "warmup_steps": 200,
+    "epochs": 5,
+}
+
+RECIPES: dict[str, dict[str, Any]] = {"demo": DEMO}
+
+
+def parse_args(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Read a command line; flags that it does not give have the values of its --recipe, or else their defaults."""
+    recipe = parser.parse_known_args(argv)[0].recipe
+    if recipe:
+        parser.set_defaults(**RECIPES[recipe])
+    return parser.parse_args(argv)
