@@ -3,18 +3,11 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 DEMO := runs/demo
-# A small DETR trained from scratch on generated images on a CPU: trained batch norm, pre-norm layers, few queries, and
-# images of one size.
-DEMO_FLAGS := --dataset_file shapes --coco_path data/shapes --shapes_classes 3 --shapes_size 128 \
-	--device cpu --num_workers 0 --print_freq 25 --backbone resnet18 --backbone_weights none --backbone_norm batch \
-	--min_size 80 --max_size 80 --augment flip --pre_norm --hidden_dim 128 --dim_feedforward 256 --enc_layers 2 \
-	--dec_layers 3 --num_queries 12 --dropout 0 --batch_size 32 --lr 7e-4 --lr_backbone 7e-4 \
-	--epochs 12 --lr_drop 9 --eval_every 2
 
 .PHONY: demo test test-fast test-slurm lint format clean
 
 demo: $(VENV)/.run
-	$(RUN) main.py $(DEMO_FLAGS) $(DEMO_MORE) --output_dir $(DEMO) --resume auto
+	$(RUN) main.py --recipe demo $(DEMO_MORE) --output_dir $(DEMO) --resume auto
 	$(RUN) tools/show_predictions.py --run $(DEMO)
 	@echo "AP above; curves in $(DEMO)/curves.png, predictions in $(DEMO)/predictions.png"
 
