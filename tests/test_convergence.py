@@ -74,16 +74,17 @@ def test_convergence_flags_leave_a_checkpoint_of_the_plain_network(data, tmp_pat
 
 def test_ema_checkpoint_holds_the_average_as_its_model():
     torch.manual_seed(0)
-    args = parse("--num_classes 4 --ema_decay 0.75")
+    args = parse("--num_classes 4 --ema_decay 0.2")
     model = build_model(args)[0]
     run = main.build_run(args, model, loader_of(), {})
     weights = []
-    for _ in range(2):
+    for _ in range(3):
         with torch.no_grad():
             model.class_embed.bias += 1
         weights.append(model.class_embed.bias.detach().clone())
         run.ema.update_parameters(model)
-    expected = 0.75 * weights[0] + 0.25 * weights[1]
+    early = 2 / 11 * weights[0] + 9 / 11 * weights[1]  # a decay of (1 + 1) / (10 + 1), while that is below 0.2
+    expected = 0.2 * early + 0.8 * weights[2]
     torch.testing.assert_close(run.evaluated_model.class_embed.bias.detach(), expected)
 
 

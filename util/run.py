@@ -11,14 +11,14 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader
 
 from util.checkpoint import BEST, not_finite, position, save_checkpoint
 from util.dist import all_gather, from_main, get_rank, get_world_size, is_main_process
 from util.interruption import Interruption
 from util.logger import MetricLogger, logger, merge_sums
-from util.optim import build_lr_scheduler, build_optimizer, restore_optimizer
+from util.optim import build_lr_scheduler, build_optimizer, moving_average, restore_optimizer
 from util.origin import changed_flags
 from util.output_dir import append_row, truncate_log
 from util.random_state import random_state, restore_random_state
@@ -266,7 +266,9 @@ def build_run(
     every_step = args.lr_schedule != "step" or args.warmup_steps > 0
     steps_per_epoch = math.ceil(len(train_loader) / args.accum_steps) if every_step else 0
     optimizer = build_optimizer(args, model, training_only)
-    average = get_ema_multi_avg_fn(args.ema_decay)
+    ema = None
+    if args.ema_decay:
+        ema = AveragedModel(model, multi_avg_fn=moving_average(args.ema_decay), use_buffers=True)
     return Run(
         model,
         optimizer,
@@ -281,7 +283,7 @@ def build_run(
         lr_drop=args.lr_drop,
         steps_per_epoch=steps_per_epoch,
         images_per_step=train_loader.batch_sampler.images_per_step * args.accum_steps,
-        ema=AveragedModel(model, multi_avg_fn=average, use_buffers=True) if args.ema_decay else None,
+        ema=ema,
         training_only=training_only,
         epoch=args.start_epoch,
     )
