@@ -30,6 +30,7 @@ from util.checkpoint import count_classes, load_resumed, position
 from util.dist import ProcessInfo, broadcast_buffers, distribute, is_main_process, pick_device, process_group
 from util.flags import check_numbers, with_defaults
 from util.logger import configure_logging, logger
+from util.optim import SHAPES
 from util.output_dir import files_to_replace, locked, make_folder
 from util.project import get_sha
 from util.recipes import RECIPES, parse_args
@@ -115,7 +116,7 @@ def get_args_parser() -> argparse.ArgumentParser:
         help="share of noised objects with a random class")
     add("--ema_decay", default=0.0, type=float,
         help="evaluate and save a moving average of the weights with this decay, for example 0.999; 0: none")
-    add("--lr_schedule", default="step", choices=("step", "linear", "cosine"),
+    add("--lr_schedule", default="step", choices=list(SHAPES),
         help="step: divide the rates by 10 at --lr_drop; linear, cosine: lower them to 0 over the run, at every step")
     add("--warmup_steps", default=0, type=int, help="first steps, over which the rates rise from 0")
 
