@@ -542,3 +542,10 @@ def test_large_images_are_predicted_on_when_allowed(coco_root, checkpoint, tmp_p
     flags = (coco_root / "val2017", "--checkpoint", checkpoint, "--output", tmp_path / "o", "--show", "none")
     assert run(*flags) == 1 and "--allow large_images reads it" in capsys.readouterr().err
     assert run(*flags, "--allow", "large_images") == 0
+
+
+def test_pictures_of_a_run_on_data_without_coco_files_are_refused_in_a_sentence(tmp_path, monkeypatch):
+    torch.save({"model": {}, "args": {"dataset_file": "mine"}}, tmp_path / "checkpoint.pth")
+    monkeypatch.setattr(show_predictions, "build_dataset", lambda part, args: [])
+    with pytest.raises(ValueError, match="not read from COCO's files: give the four file flags"):
+        show_predictions.files_of_run(tmp_path)

@@ -51,10 +51,11 @@ def files_of_run(run: Path) -> dict[str, Path]:
         raise ValueError(f"{run}/checkpoint.pth does not say where its data are: give the four file flags")
     flags = state["args"]
     val_set = build_dataset("val", argparse.Namespace(**flags) if isinstance(flags, dict) else flags)
-    if not hasattr(val_set, "ann_file"):
+    annotations = getattr(val_set, "ann_file", None)
+    if annotations is None:
         raise ValueError(f"{run}: its --dataset_file is not read from COCO's files: give the four file flags")
     return {
-        "annotations": val_set.ann_file,
+        "annotations": annotations,
         "images": val_set.img_folder,
         "predictions": run / "predictions_bbox.json",
         "output": run / "predictions.png",

@@ -27,15 +27,12 @@ DEMO = {
     "dec_layers": 3,
     "num_queries": 12,
     "dropout": 0.0,
-    "batch_size": 8,
-    "lr": 5e-4,
-    "lr_backbone": 5e-4,
-    "eos_coef": 0.4,
-    "denoising_groups": 5,
-    "ema_decay": 0.999,
-    "lr_schedule": "linear",
-    "warmup_steps": 200,
-    "epochs": 5,
+    "batch_size": 32,
+    "lr": 7e-4,
+    "lr_backbone": 7e-4,
+    "epochs": 12,
+    "lr_drop": 9,
+    "eval_every": 2,
 }
 
 RECIPES: dict[str, dict[str, Any]] = {"demo": DEMO}
