@@ -27,12 +27,15 @@ DEMO = {
     "dec_layers": 3,
     "num_queries": 12,
     "dropout": 0.0,
-    "batch_size": 32,
+    "batch_size": 16,
     "lr": 7e-4,
     "lr_backbone": 7e-4,
-    "epochs": 12,
-    "lr_drop": 9,
-    "eval_every": 2,
+    "lr_schedule": "linear",
+    "warmup_steps": 100,
+    "eos_coef": 0.4,
+    "denoising_groups": 5,
+    "ema_decay": 0.998,
+    "epochs": 6,
 }
 
 RECIPES: dict[str, dict[str, Any]] = {"demo": DEMO}
