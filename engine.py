@@ -10,12 +10,13 @@ from torch import Tensor, nn
 from datasets.coco_eval import CocoEvaluator
 from datasets.evaluators import Batch, build_evaluators
 from datasets.panoptic_eval import PanopticEvaluator
-from util.logger import MetricLogger, SmoothedValue, logger
+from util.logger import logger
+from util.meters import MetricLogger, SmoothedValue
 
 __all__ = ["CocoEvaluator", "PanopticEvaluator", "evaluate", "train_one_epoch"]
 
 AMP_TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
-MIN_SCALE = 2.0**-30  # of the loss in fp16: below it, a step that is not finite is no overflow
+MIN_SCALE = 2.0**-30  # of the loss in fp16; with a lower one, a step that is not finite is not due to overflow
 
 
 def train_one_epoch(
@@ -28,9 +29,9 @@ def train_one_epoch(
 
     Gradients are clipped to a norm of `max_norm` (0: not at all). `amp` is "bf16", "fp16" (with a `scaler`) or None.
     The optimizer steps every `accum_steps` batches, on the mean of their gradients. `state` (a `util.run.Run`) saves
-    and stops: its `after_step` is called after each step. Raises FloatingPointError, before the weights change, when
-    the loss or a gradient is not finite; in fp16 the scaler skips such steps, as long as a lower scale may help.
-    `with_targets`: the model takes the targets too (models/denoising.py).
+    checkpoints and handles signals: its `after_step` is called after each step. Raises FloatingPointError, before the
+    weights change, when the loss or a gradient is not finite; in fp16 the scaler skips such steps, as long as a lower
+    scale may help. `with_targets`: the model takes the targets too (models/denoising.py).
     """
     model.train()
     criterion.train()
@@ -40,25 +41,25 @@ def train_one_epoch(
     metrics.add_sums(state.sums if state else {})
     done, batches = state.batches_done if state else 0, len(data_loader)
     optimizer.zero_grad()
-    rows = metrics.log_every(data_loader, print_freq, f"Epoch: [{epoch}]", start=done, in_step=True)
+    rows = metrics.log_every(data_loader, print_freq, f"Epoch: [{epoch}]", done, getattr(state, "epochs_left", 0))
     for step, (samples, targets) in enumerate(rows):
         group = min(accum_steps, batches - (step - step % accum_steps))  # batches that share this step's update
-        closes = (step + 1) % accum_steps == 0 or step + 1 == batches
+        last_in_group = (step + 1) % accum_steps == 0 or step + 1 == batches
         ids = [int(target["image_id"]) for target in targets if "image_id" in target]
-        with nullcontext() if closes else no_sync(model):
+        with nullcontext() if last_in_group else no_sync(model):
             samples, targets = samples.to(device, non_blocking=True), to_device(targets, device)
             with autocast(device, amp):
                 losses = criterion(model(samples, targets) if with_targets else model(samples), targets)
             loss = sum(losses[name] * weight for name, weight in criterion.weight_dict.items() if name in losses)
             scaler.scale(loss / group).backward()
         norm = None
-        if closes:
+        if last_in_group:
             scaler.unscale_(optimizer)
             norm = gradient_norm(model)
         values, norm_value = loss_values_and_norm(losses, criterion.weight_dict, norm)
         if check_finite(values, norm_value, model, scaler, f"epoch {epoch}, step {done + step}, images {ids}"):
             update_metrics(metrics, values | {"lr": optimizer.param_groups[0]["lr"]})
-        if closes:
+        if last_in_group:
             if max_norm > 0:
                 nn.utils.clip_grads_with_norm_(model.parameters(), max_norm, norm)
             scaler.step(optimizer)

@@ -1,12 +1,13 @@
 """The published DETR models by name, with their weights.
 
 model = torch.hub.load(FOLDER_OR_REPO, "detr_resnet50", pretrained=True)          # source="local" for a folder
+model = torch.hub.load(FOLDER_OR_REPO, "detr", checkpoint="runs/shapes/checkpoint.pth")      # one you have trained
 
-Every entry point takes `pretrained`: False (random weights, nothing is downloaded), True (the published weights, from
-torch.hub's cache or else their address, the hash in their name checked), or the path or URL of a checkpoint file in
-DETR's format. With another `num_classes` than the checkpoint's, the class head is re-initialised and all else is kept,
-which is logged. The models come in training mode: call `eval()` before use. `model.aux_loss = True` makes them return
-the earlier decoder layers' outputs too, for training.
+Every entry point but `detr` takes `pretrained`: False (random weights, nothing is downloaded), True (the published
+weights, from torch.hub's cache or else their address, the hash in their name checked), or the path or URL of a
+checkpoint file in DETR's format. With another `num_classes` than the checkpoint's, the class head is re-initialised
+and all else is kept, which is logged. The models come in training mode: call `eval()` before use. `model.aux_loss =
+True` makes them return the earlier decoder layers' outputs too, for training.
 
 Inputs are images [3, H, W], in a list or as a batch [B, 3, H, W]: uint8 RGB, or floating, scaled to 0..1 and
 normalised with ImageNet's mean and deviation. The figures below were published with an 800-pixel shortest side.
@@ -19,6 +20,7 @@ from models.detr import DETR, PostProcess
 from models.position_encoding import PositionEmbeddingSine
 from models.segmentation import DETRsegm, PostProcessPanoptic
 from models.transformer import Transformer
+from models.weights import build_described
 from util.checkpoint import count_classes, load_checkpoint, load_model
 from util.finetune import finetune
 from util.logger import logger
@@ -58,8 +60,8 @@ def detr_resnet50_panoptic(
 ):
     """DETR R50 with the mask head: COCO val5k PQ 43.4, mask AP 31.1; 43 M parameters.
 
-    Returns the model, or (model, PostProcessPanoptic) with `return_postprocessor`, which leaves out segments that score
-    below `threshold`. Outputs as `detr_resnet50`'s and `pred_masks` [B, 100, h, w] at a quarter of the input's size.
+    Returns the model, or (model, PostProcessPanoptic) with `return_postprocessor`; it keeps segments that score above
+    `threshold`. Outputs as `detr_resnet50`'s and `pred_masks` [B, 100, h, w] at a quarter of the input's size.
     """
     file = "detr-r50-panoptic-00ce5173.pth"
     return _segmenter("resnet50", False, file, pretrained, num_classes, threshold, return_postprocessor)
@@ -81,6 +83,18 @@ def detr_resnet101_panoptic(
     return _segmenter("resnet101", False, file, pretrained, num_classes, threshold, return_postprocessor)
 
 
+def detr(checkpoint, return_postprocessor: bool = False):
+    """The network that a checkpoint of a training describes, with its weights: this project's file, or DETR's own.
+
+    `checkpoint` is a path or URL. Returns the model, or (model, post-processor) with `return_postprocessor`:
+    PostProcess or, for panoptic models, PostProcessPanoptic. Raises ValueError for a file that does not say its
+    architecture. The published files do not: each has an entry point of its own.
+    """
+    model, postprocessors, _ = build_described(load_checkpoint(checkpoint), str(checkpoint))
+    postprocessor = postprocessors.get("panoptic", postprocessors["bbox"])
+    return (model, postprocessor) if return_postprocessor else model
+
+
 def _detector(backbone: str, dilation: bool, file: str, pretrained, num_classes: int, return_postprocessor: bool):
     model = _make_detr(backbone, dilation, num_classes)
     _load(model, file, pretrained)
@@ -91,7 +105,7 @@ def _segmenter(
     backbone: str, dilation: bool, file: str, pretrained, num_classes: int, threshold: float, return_postprocessor: bool
 ):
     if not 0 <= threshold <= 1:
-        raise ValueError(f"threshold={threshold}: segments are kept from this score on; give a number of 0 to 1")
+        raise ValueError(f"threshold={threshold}: segments that score above it are kept; give a number from 0 to 1")
     model = _make_detr(backbone, dilation, num_classes, mask=True)
     _load(model, file, pretrained)
     is_thing = {i: i <= LAST_THING for i in range(num_classes)}
@@ -102,7 +116,7 @@ def _make_detr(backbone_name: str, dilation: bool = False, num_classes: int = 91
     """Build DETR with 100 queries, or with `mask` DETRsegm; the weights are random."""
     if num_classes < 1:
         raise ValueError(f"num_classes={num_classes}: give the largest class id + 1, at least 1")
-    # Weights "none": a checkpoint has the backbone's too, so nothing is downloaded only to be overwritten.
+    # Weights "none": no ImageNet weights are downloaded, since a checkpoint has the backbone's too.
     body = Backbone(backbone_name, train_backbone=True, return_interm_layers=mask, dilation=dilation, weights="none")
     transformer = Transformer(d_model=256, return_intermediate_dec=True)
     positions = PositionEmbeddingSine(transformer.d_model // 2, normalize=True)
@@ -111,7 +125,7 @@ def _make_detr(backbone_name: str, dilation: bool = False, num_classes: int = 91
 
 
 def _load(model: nn.Module, file: str, pretrained) -> None:
-    """Load what `pretrained` asks for: nothing, the published file, or one of the caller's."""
+    """Load the weights that `pretrained` names: none, the published file, or a file of the caller."""
     if not pretrained:
         return
     source = PUBLISHED + file if pretrained is True else str(pretrained)

@@ -1,4 +1,4 @@
-"""The flags of a run, its parts, and the loop over epochs.
+"""The flags of a run, its set-up, and the loop over epochs.
 
 python main.py --coco_path /data/coco --output_dir runs/r50          # the published recipe
 python main.py --coco_path /data/coco --eval --resume FILE_OR_URL    # AP of a checkpoint
@@ -6,40 +6,14 @@ python main.py --coco_path /data/coco --masks --frozen_weights FILE  # masks on 
 """
 
 import argparse
-import time
-from datetime import timedelta
+import sys
 
-import torch
-from torch.distributed.elastic.multiprocessing.errors import record
-from torch.utils.data import Dataset
-
-import datasets
-import models
-from datasets import build_dataset, get_coco_api_from_dataset
-from datasets.coco import ALLOWED, AUGMENTS, IMAGE_DTYPES
-from datasets.coco_backends import pick_backend
-from datasets.coco_checks import compare_categories
-from datasets.coco_eval import write_evaluation
-from datasets.loaders import build_train_loader, build_val_loader
-from engine import allow_tf32, compile_network, evaluate, train_one_epoch
-from models import build_model
-from models.denoising import build_denoising
-from models.position_encoding import LEARNED_CELLS, POSITION_EMBEDDINGS
-from models.weights import build_parts
-from util.checkpoint import count_classes, load_resumed, position
-from util.dist import ProcessInfo, broadcast_buffers, distribute, is_main_process, pick_device, process_group
-from util.flags import check_numbers, with_defaults
-from util.logger import configure_logging, logger
-from util.optim import SHAPES
-from util.output_dir import files_to_replace, locked, make_folder
-from util.project import get_sha
+from util.cli import command_line, exit_status
+from util.flags import NEW_FLAGS, changed_flags, check_numbers, with_defaults
 from util.recipes import RECIPES, parse_args
-from util.run import build_run
-
-__all__ = ["build_dataset", "build_model", "get_args_parser", "get_coco_api_from_dataset", "main"]
 
 # fmt: off
-AT_LEAST = dict.fromkeys((  # the least value of each flag that is a number; dropout and ema_decay are below 1 besides
+AT_LEAST = dict.fromkeys((  # the least value of each number; check_flags keeps dropout and ema_decay below 1
     "lr", "lr_backbone", "weight_decay", "clip_max_norm", "enc_layers", "dropout", "ema_decay", "denoising_groups",
     "warmup_steps", "start_epoch", "save_every_steps", "num_workers", "seed", "shapes_seed", "eos_coef",
     "set_cost_class", "set_cost_bbox", "set_cost_giou", "denoising_box_noise", "denoising_label_noise",
@@ -53,7 +27,7 @@ AT_LEAST = dict.fromkeys((  # the least value of each flag that is a number; dro
 
 def get_args_parser() -> argparse.ArgumentParser:
     """Declare every flag. The defaults are the published recipe."""
-    new = {**models.NEW_FLAGS, **datasets.NEW_FLAGS}
+    new = NEW_FLAGS
     parser = argparse.ArgumentParser("DETR", add_help=False)
     add = _group(parser, "optimisation")
     add("--lr", default=1e-4, type=float, help="learning rate of the transformer and the heads")
@@ -73,12 +47,12 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--backbone", default="resnet50", type=str,
         help="a ResNet of torchvision: resnet18 to resnet152, resnext50_32x4d, wide_resnet50_2...")
     add("--dilation", action="store_true", help="stride 16 instead of 32 in the last stage (DC5; resnet50 and deeper)")
-    add("--position_embedding", default="sine", type=str, choices=list(POSITION_EMBEDDINGS),
-        help="kind of position encoding")
+    add("--position_embedding", default="sine", type=str,
+        help="sine or learned: kind of position encoding (models/position_encoding.py)")
     add("--backbone_weights", default=new["backbone_weights"], metavar="imagenet|none|PATH",
         help="torchvision's ImageNet V1 weights, random ones, or a state dict in torchvision's names")
     add("--backbone_norm", default=new["backbone_norm"], choices=("frozen", "batch"),
-        help="frozen: statistics and affine stay as loaded; batch: live, and stem and layer1 train too (from scratch)")
+        help="frozen: statistics and affine stay as loaded; batch: trained, as is every layer (to train from scratch)")
 
     add = _group(parser, "transformer")
     add("--enc_layers", default=6, type=int, help="encoder layers")
@@ -116,12 +90,12 @@ def get_args_parser() -> argparse.ArgumentParser:
         help="share of noised objects with a random class")
     add("--ema_decay", default=0.0, type=float,
         help="evaluate and save a moving average of the weights with this decay, for example 0.999; 0: none")
-    add("--lr_schedule", default="step", choices=list(SHAPES),
+    add("--lr_schedule", default="step",
         help="step: divide the rates by 10 at --lr_drop; linear, cosine: lower them to 0 over the run, at every step")
     add("--warmup_steps", default=0, type=int, help="first steps, over which the rates rise from 0")
 
     add = _group(parser, "data")
-    add("--dataset_file", default="coco", help=f"one of: {', '.join(datasets.DATASETS)}")
+    add("--dataset_file", default="coco", help="coco, coco_panoptic, shapes or shapes_panoptic (datasets/__init__.py)")
     add("--coco_path", type=str,
         help="folder with train2017/, val2017/ and annotations/ (shapes: where to write them)")
     add("--coco_panoptic_path", type=str,
@@ -132,12 +106,12 @@ def get_args_parser() -> argparse.ArgumentParser:
         add(f"--{part}_annotations", help=f"COCO instances file of the {part} images")
     add("--min_size", default=new["min_size"], type=int,
         help="shortest side at evaluation; all training sizes scale with it")
-    add("--max_size", default=new["max_size"], type=int, help="most pixels of the longest side")
-    add("--augment", default=new["augment"], choices=AUGMENTS,
+    add("--max_size", default=new["max_size"], type=int, help="longest side at most, in pixels")
+    add("--augment", default=new["augment"], choices=("full", "flip", "none"),
         help="full: the published flips, sizes and crops; flip: only flips, at the evaluation's size; none: neither")
-    add("--image_dtype", default="uint8", choices=IMAGE_DTYPES,
+    add("--image_dtype", default="uint8", choices=("uint8", "float32"),
         help="uint8: images reach the device as bytes and the model normalises them; float32: the loader does")
-    add("--allow", action="append", default=[], choices=ALLOWED,
+    add("--allow", action="append", default=[], choices=("large_images", "outside_paths"),
         help="large_images: beyond PIL's limit of pixels; outside_paths: file names that lead out of the image folder")
     add("--shapes_train", default=new["shapes_train"], type=int, help="generated training images")
     add("--shapes_val", default=new["shapes_val"], type=int, help="generated validation images")
@@ -147,7 +121,7 @@ def get_args_parser() -> argparse.ArgumentParser:
 
     add = _group(parser, "run")
     add("--recipe", choices=list(RECIPES), help="values for many flags at once (util/recipes.py); given flags override")
-    add("--output_dir", default="", help="where checkpoints, logs and pictures go; empty: nowhere")
+    add("--output_dir", default="", help="folder for checkpoints, logs and pictures; empty: nothing is written")
     add("--device", default="cuda", help="device to run on; without a GPU the CPU is used")
     add("--seed", default=42, type=int, help="seed of weights, data order and augmentation")
     add("--resume", default="",
@@ -174,8 +148,8 @@ def get_args_parser() -> argparse.ArgumentParser:
 
     add = _group(parser, "distributed")
     add("--world_size", default=1, type=int,
-        help="accepted for old scripts; the launcher says how many processes there are")
-    add("--dist_url", default="env://", help="where processes meet")
+        help="accepted for old scripts; the launcher sets the number of processes")
+    add("--dist_url", default="env://", help="address at which processes connect (torch.distributed's init_method)")
     return parser
 
 
@@ -184,14 +158,52 @@ def _group(parser: argparse.ArgumentParser, title: str):
     return parser.add_argument_group(title).add_argument
 
 
+# The flags come before these imports, which take seconds: --help and misspelt flags are answered at once.
+if __name__ == "__main__":
+    FLAGS = parse_args(command_line(__doc__, get_args_parser()))
+
+import time
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+from torch.distributed.elastic.multiprocessing.errors import record
+from torch.utils.data import Dataset
+
+from datasets import build_dataset, get_coco_api_from_dataset
+from datasets.coco_backends import pick_backend
+from datasets.coco_checks import compare_categories
+from datasets.coco_eval import write_evaluation
+from datasets.loaders import build_train_loader, build_val_loader
+from engine import allow_tf32, compile_network, evaluate, train_one_epoch
+from models import build_model
+from models.denoising import build_denoising
+from models.position_encoding import LEARNED_CELLS, OLD_NAMES, POSITION_EMBEDDINGS
+from models.weights import build_parts
+from util.checkpoint import count_classes, load_resumed, position
+from util.dist import ProcessInfo, broadcast_buffers, distribute, is_main_process, pick_device, process_group
+from util.interruption import Interruption
+from util.logger import configure_logging, log_file, logger
+from util.optim import SHAPES
+from util.origin import describe
+from util.output_dir import files_to_replace, locked, make_folder
+from util.project import get_sha
+from util.run import build_run
+
+__all__ = ["build_dataset", "build_model", "get_args_parser", "get_coco_api_from_dataset", "main"]
+
+
 def check_flags(args) -> None:
-    """Raise ValueError for values, and combinations of them, that make no sense."""
+    """Raise ValueError for values, and combinations of them, that cannot be used."""
     check_numbers(vars(args), AT_LEAST)
     stride = 4 if args.masks else 16 if args.dilation else 32  # of the finest features that have positions
     refusals = [
         (args.frozen_weights and not args.masks, "--frozen_weights trains a mask head on a frozen model: add --masks"),
         (args.hidden_dim % args.nheads, f"--hidden_dim {args.hidden_dim} cannot be split into --nheads {args.nheads}"),
         (args.hidden_dim % 4, f"--hidden_dim {args.hidden_dim}: positions need a multiple of 4"),
+        (args.position_embedding not in (*POSITION_EMBEDDINGS, *OLD_NAMES),
+            f"--position_embedding {args.position_embedding}: choose one of {', '.join(POSITION_EMBEDDINGS)}"),
+        (args.lr_schedule not in SHAPES, f"--lr_schedule {args.lr_schedule}: choose one of {', '.join(SHAPES)}"),
         (args.dropout >= 1, f"--dropout {args.dropout}: give less than 1"),
         (args.ema_decay >= 1, f"--ema_decay {args.ema_decay}: give less than 1"),
         (args.denoising_groups and args.masks, "--denoising_groups train boxes: leave out --masks"),
@@ -222,18 +234,26 @@ def main(args) -> None:
     Raises ValueError or FileNotFoundError for flags and files that cannot be used.
     """
     args = with_defaults(args, vars(get_args_parser().parse_args([])))
+    args = with_defaults(args, {"given_flags": list(changed_flags(args, get_args_parser()))})
     check_flags(args)
     pick_backend(args.coco_eval)  # raises for a package that is not installed
     configure_logging()
     folder = "" if args.eval else args.output_dir
-    with process_group(args.device, args.dist_url) as processes, locked(folder):
-        run_process(args, processes)
+    with process_group(args.device, args.dist_url) as processes, locked(folder), Interruption() as interruption:
+        with log_file(set_up(args, processes)):
+            run_process(args, processes, interruption)
 
 
-def run_process(args, processes: ProcessInfo) -> None:
+def run_process(args, processes: ProcessInfo, interruption: Interruption) -> None:
     """Run one process: build, resume, then evaluate or train."""
-    device = set_up(args, processes)
+    device = pick_device(args.device, processes.local_rank)
+    logger.info(get_sha())
+    changed = changed_flags(args, get_args_parser())
+    logger.info(f"flags: {' '.join(f'--{name} {value}' for name, value in changed.items()) or 'the defaults'}")
     name, checkpoint = load_resumed(args.resume, args.output_dir)
+    if checkpoint:
+        args = describe(args, checkpoint, name)
+        check_flags(args)
     start = position(checkpoint) if checkpoint else (args.start_epoch, 0)
     obsolete = files_to_replace("" if args.eval else args.output_dir, name, start, args.overwrite)
     train_set, val_set, num_classes = build_datasets(args, checkpoint)
@@ -254,7 +274,7 @@ def run_process(args, processes: ProcessInfo) -> None:
 
     train_loader = build_train_loader(train_set, args, device)
     network, train_criterion, training_only = build_denoising(args, model, criterion)
-    run = build_run(args, model, train_loader, train_set.class_names, training_only)
+    run = build_run(args, model, train_loader, train_set.class_names, training_only, interruption)
     run.restore(checkpoint, name)
     network = distribute(network, processes, device)
     logger.info(f"{run.trainable_parameters()} trainable parameters; {args.epochs} epochs, {run.epoch} of them done")
@@ -278,16 +298,14 @@ def run_process(args, processes: ProcessInfo) -> None:
     logger.info(f"Training time {timedelta(seconds=int(time.perf_counter() - begin))}")
 
 
-def set_up(args, processes: ProcessInfo) -> torch.device:
-    """Log the flags, seed the random generators, make the output folder, and return the device."""
-    device = pick_device(args.device, processes.local_rank)
+def set_up(args, processes: ProcessInfo) -> Path | None:
+    """Seed the random generators, make the output folder, and return the file for log lines, if there is one."""
     allow_tf32(args.tf32)
-    logger.info(get_sha())
-    logger.info(args)
     torch.manual_seed(args.seed + processes.rank)
-    if args.output_dir and processes.rank == 0:
-        make_folder(args.output_dir)
-    return device
+    if not args.output_dir or processes.rank > 0:
+        return None
+    make_folder(args.output_dir)
+    return Path(args.output_dir) / "messages.log"
 
 
 def build_datasets(args, checkpoint: dict | None) -> tuple[Dataset | None, Dataset, int]:
@@ -311,7 +329,4 @@ def _changed(args, **values) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(
-        description=__doc__, parents=[get_args_parser()], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
-    main(parse_args(parser))
+    sys.exit(exit_status(lambda: main(FLAGS)))

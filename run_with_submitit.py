@@ -1,4 +1,4 @@
-"""The same run on a Slurm cluster, requeued from its last checkpoint.
+"""Run main.py as a job on a Slurm cluster; a requeued job continues from its last checkpoint.
 
 python run_with_submitit.py --nodes 4 --ngpus 8 --timeout 2800 --partition gpu --coco_path /data/coco
 python run_with_submitit.py --executor local --ngpus 2 --device cpu --coco_path /data/coco   # without a cluster
@@ -8,11 +8,13 @@ Every flag of main.py is accepted too. The run's files and Slurm's logs go to `-
 
 import argparse
 import os
+import sys
 import uuid
 from pathlib import Path
 
 import main as detr
 from util import recipes
+from util.cli import command_line, exit_status
 from util.flags import check_numbers
 
 AT_LEAST = {"ngpus": 1, "nodes": 1, "timeout": 1, "mem_gb": 1, "cpus_per_task": 1, "signal_delay": 0}
@@ -20,16 +22,14 @@ AT_LEAST = {"ngpus": 1, "nodes": 1, "timeout": 1, "mem_gb": 1, "cpus_per_task": 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Read the flags of the job, and main.py's."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, parents=[detr.get_args_parser()], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = command_line(__doc__, detr.get_args_parser())
     add = parser.add_argument_group("job").add_argument
     add("--ngpus", default=8, type=int, help="processes on each node, each with a GPU unless --device is cpu")
     add("--nodes", default=4, type=int, help="nodes")
     add("--timeout", default=60, type=int, help="minutes; a run that needs more is requeued")
     add("--job_dir", default="./jobs/%j", help="folder of the job; %%j stands for its number")
     add("--executor", default="slurm", choices=("slurm", "local", "debug"),
-        help="local: processes on this machine; debug: this very process")  # fmt: skip
+        help="local: processes on this machine; debug: in this process")  # fmt: skip
     add("--job_name", default="detr", help="name in the queue")
     add("--partition", help="Slurm partition")
     add("--account", help="account to charge")
@@ -38,7 +38,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--comment", help="comment for the scheduler")
     add("--mem_gb", default=None, type=int, help="memory of a node; default: 40 for each process")
     add("--cpus_per_task", default=10, type=int, help="CPUs of each process")
-    add("--signal_delay", default=120, type=int, help="seconds between Slurm's warning and the end of the time")
+    add("--signal_delay", default=120, type=int, help="seconds before the time limit at which Slurm warns the job")
     return recipes.parse_args(parser, argv)
 
 
@@ -66,13 +66,13 @@ class Trainer:
         detr.main(self.args)
 
     def checkpoint(self):
-        """Return what submitit shall requeue; the run itself was saved before this is called."""
+        """Return the job that submitit requeues; the run was saved before this is called."""
         import submitit
 
         return submitit.helpers.DelayedSubmission(type(self)(self.args))
 
     def _setup_gpu_args(self) -> None:
-        """Set the output folder, what to resume, and the environment in which the job's processes find each other."""
+        """Set the output folder, what to resume, and the environment variables by which the job's processes connect."""
         import submitit
 
         job_id = str(submitit.JobEnvironment().job_id)
@@ -122,4 +122,4 @@ def main(args: argparse.Namespace | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(exit_status(main))

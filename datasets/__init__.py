@@ -1,14 +1,13 @@
-"""Datasets by name, the default flags of all of them, and the index for evaluation."""
+"""Datasets by name, and the index for evaluation."""
 
 from torch.utils.data import Dataset, Subset
 
 from datasets import coco, coco_panoptic, shapes
 from datasets.coco import build
-from util.flags import with_defaults
+from util.flags import NEW_FLAGS, with_defaults
 
 __all__ = [
     "DATASETS",
-    "NEW_FLAGS",
     "build",
     "build_coco",
     "build_dataset",
@@ -24,9 +23,6 @@ DATASETS = {
     "shapes": shapes.build,
     "shapes_panoptic": shapes.build,
 }
-
-# The flags that DETR did not have. A caller whose `args` lacks one gets its default.
-NEW_FLAGS = {**coco.NEW_FLAGS, **shapes.NEW_FLAGS}
 
 
 def build_dataset(image_set: str, args) -> Dataset:

@@ -12,8 +12,8 @@ class TrainBatches(Sampler[list[int]]):
     """Batches in a new random order each epoch, a function of (seed, epoch), split between the processes.
 
     The order is filled up with its own beginning to a multiple of the number of processes, and images that do not fill
-    a batch at its end are left out of the epoch. Batch k of all processes together is what one process with their total
-    batch size would see. Raises ValueError if there are too few images for a single batch.
+    a batch at its end are left out of the epoch. Batch k of all processes together has the images of batch k of one
+    process with their total batch size. Raises ValueError if there are too few images for a single batch.
     """
 
     def __init__(self, length: int, batch_size: int, seed: int = 0, rank: int = 0, world_size: int = 1):

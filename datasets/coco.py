@@ -13,13 +13,13 @@ from torchvision.datasets import VisionDataset
 
 import datasets.transforms as T
 from datasets.coco_api import area_of, load_coco_api
-from datasets.coco_api import index_coco as index_coco  # the address in docs/extending.md
+from datasets.coco_api import index_coco as index_coco  # the import path in docs/extending.md
 from datasets.coco_checks import check_classes, check_masks, check_sample, check_sizes, warn_of
 from datasets.coco_index import read_coco_index
 from datasets.files import check_against_folder
 from datasets.images import allow_large_images, read_image, read_pixels
 from datasets.masks import decode_masks
-from util.flags import with_defaults
+from util.flags import NEW_FLAGS, with_defaults
 from util.text import printable
 
 # The published recipe, for a shortest side of 800; other sizes scale it.
@@ -29,20 +29,6 @@ AUGMENTS = ("full", "flip", "none")
 IMAGE_DTYPES = ("float32", "uint8")
 ALLOWED = ("large_images", "outside_paths")  # what --allow may name
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, as the backbone's weights expect
-
-# The flags of COCO data that DETR did not have. A caller whose `args` lacks one gets its default.
-NEW_FLAGS = {
-    "num_classes": None,
-    "min_size": 800,
-    "max_size": 1333,
-    "augment": "full",
-    "image_dtype": "float32",
-    "train_images": None,
-    "train_annotations": None,
-    "val_images": None,
-    "val_annotations": None,
-    "allow": (),
-}
 
 
 class CocoDetection(torchvision.datasets.CocoDetection):
@@ -113,7 +99,7 @@ class CocoDetection(torchvision.datasets.CocoDetection):
 
     def __getitem__(self, idx: int) -> tuple[Image.Image | Tensor, dict]:
         if "large_images" in self.allow:
-            allow_large_images()  # here, because this may be a process of its own
+            allow_large_images()  # here, because this may be a worker process
         image_id = self.ids[idx]
         image = self._load_tensor(image_id) if self.as_tensor else self._load_image(image_id)
         self._check_size(image_id, F.get_size(image))
@@ -152,7 +138,7 @@ class CocoDetection(torchvision.datasets.CocoDetection):
 class ConvertCocoPolysToMask:
     """Convert COCO's annotations of an image to a target of tensors (see CocoDetection).
 
-    Takes and returns (image, target). The target going in is a dict of `image_id` and `annotations`, COCO's records.
+    Takes and returns (image, target). The given target is a dict of `image_id` and `annotations`, COCO's records.
     """
 
     def __init__(self, return_masks: bool = False):
@@ -200,7 +186,7 @@ def make_coco_transforms(
 ) -> T.Compose:
     """Build the published augmentation for `train`, and the fixed resize for `val`.
 
-    `min_size` is the shortest side at evaluation and the largest drawn in training; the other training sizes keep
+    `min_size` is the shortest side at evaluation and the largest one in training; the other training sizes keep
     their proportion to it. `augment` is "full", "flip" (only flips, at the evaluation's size) or "none". Images come
     out as "float32", normalised with ImageNet's mean and deviation, or as "uint8", which the model normalises itself.
     """
@@ -219,7 +205,7 @@ def make_coco_transforms(
 
 
 def _random_sizes(scale: float, max_size: int) -> T.RandomSelect:
-    """Build the paper's random resize, half of the time of a random crop; `scale` multiplies the published sizes."""
+    """Build the paper's random resize, half of the time after a random crop; `scale` multiplies the published sizes."""
     resize = T.RandomResize([round(side * scale) for side in TRAIN_SCALES], max_size)
     crop = [
         T.RandomResize([round(side * scale) for side in CROP_SOURCES]),

@@ -20,7 +20,7 @@ def load_coco_api(ann_file: str | Path):
 
 
 def index_coco(instances: dict):
-    """Make pycocotools' COCO of instances, filling in what COCO's evaluation needs and other files may lack."""
+    """Make pycocotools' COCO of instances, and add entries that COCO's evaluation needs where they are missing."""
     from pycocotools.coco import COCO
 
     coco = COCO()

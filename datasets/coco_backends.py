@@ -18,7 +18,8 @@ LARGEST_EXACT = 2**53  # larger image ids are not exact as floats, which evaluat
 def ground_truth(coco_gt, with_segmentations: bool = True) -> dict:
     """Return images, categories and annotations of an index in COCO's format, without entries that AP does not use.
 
-    The index's own methods decide what they are; one without methods has at least `imgs`, `cats` and `anns`.
+    They come from the index's methods, which a subclass may override; an index without methods has at least `imgs`,
+    `cats` and `anns`.
     """
     if hasattr(coco_gt, "getAnnIds"):
         image_ids, category_ids = list(coco_gt.getImgIds()), list(coco_gt.getCatIds())
@@ -31,13 +32,13 @@ def ground_truth(coco_gt, with_segmentations: bool = True) -> dict:
     return {
         "images": [{"id": i, **size} for i, size in zip(image_ids, sizes, strict=True)],
         "categories": [{"id": i, "name": name} for i, name in names.items()],
-        # New records, because pycocotools writes into them. Unused segmentations may be of any kind.
+        # New records, because pycocotools writes into them. Segmentations that are not used may be malformed.
         "annotations": [{name: record[name] for name in used if name in record} for record in annotations],
     }
 
 
 def renumber(truth: dict) -> dict[int, int]:
-    """Replace image ids too large for evaluation code by small ones; return the id in use by the original id."""
+    """Replace image ids too large for evaluation code by small ones; return the new id of each original id."""
     image_ids = [image["id"] for image in truth["images"]]
     if max(image_ids, default=0) < LARGEST_EXACT:
         return {image_id: image_id for image_id in image_ids}
@@ -118,7 +119,7 @@ class Pycocotools:
 
     def summarize(self, evaluation: COCOeval) -> None:
         evaluation.summarize()
-        if 100 not in evaluation.params.maxDets:  # the first line is of 100 detections whatever the limit, here -1
+        if 100 not in evaluation.params.maxDets:  # the first line is for 100 detections: -1 with another limit
             precision = evaluation.eval["precision"][:, :, :, 0, -1]
             counted = precision[precision > -1]
             evaluation.stats[0] = counted.mean() if counted.size else -1

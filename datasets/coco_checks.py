@@ -1,4 +1,4 @@
-"""What is checked of annotations when a dataset is built: errors that end in a report, and warnings."""
+"""Checks of annotations when a dataset is built: errors are reported together, suspicious content is warned of."""
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -13,9 +13,9 @@ from datasets.masks import check_run_lengths
 from util.logger import logger
 from util.text import printable
 
-COUNTED = 100  # COCO's AP counts so many detections of an image
+COUNTED = 100  # detections of an image that COCO's AP counts
 SAMPLE = 16  # images whose size is compared with the listed one before training starts
-SLACK = 1  # pixels that a box may reach outside: coordinates are rounded, by annotation tools and in float32
+SLACK = 1  # pixels that a box may extend beyond its image: coordinates are rounded, by annotation tools and in float32
 
 
 def check_sizes(index: CocoIndex) -> None:
@@ -74,11 +74,11 @@ def check_sample(index: CocoIndex, folder: str | Path) -> None:
         if list(size) != index.sizes[i].tolist()
     ]
     if len(differ) == len(known):
-        report(index.path, [("of as many images looked at have another (height, width) than listed", differ)])
+        report(index.path, [("images, all that were opened, have another (height, width) than listed", differ)])
 
 
 def _size_on_disk(path: Path) -> tuple[int, int] | None:
-    """Read (height, width) from the head of an image file; None where that fails, for the reader of images to say."""
+    """Read (height, width) from the head of an image file; None if that fails: reading the image reports it."""
     try:
         with Image.open(path) as image:
             return image.height, image.width
@@ -95,7 +95,7 @@ def trained_on(index: CocoIndex) -> np.ndarray:
 
 
 def suspicious_images(index: CocoIndex) -> Iterator[tuple[str, list]]:
-    """Yield what does not stop training but is seldom meant, of images and categories: descriptions with examples."""
+    """Yield suspicious content of images and categories that does not stop training: descriptions with examples."""
     if not trained_on(index).any():
         why = "no annotation at all, or only crowds and empty boxes: there is nothing to train on or to find"
         yield why, [Path(index.path).name]
@@ -108,7 +108,7 @@ def suspicious_images(index: CocoIndex) -> Iterator[tuple[str, list]]:
 
 
 def suspicious_boxes(index: CocoIndex) -> Iterator[tuple[str, list]]:
-    """Yield what training repairs in boxes: descriptions with examples."""
+    """Yield problems of boxes that training repairs: descriptions with examples."""
     owners, boxes = index.owners, index.boxes
 
     def examples(bad: np.ndarray) -> list[str]:
@@ -141,7 +141,7 @@ def some(examples: Sequence) -> str:
 def compare_categories(ours: Mapping[int, str], where: str, theirs: Mapping[int, str], elsewhere: str) -> list[str]:
     """Log a warning of category ids that have different names in two places, and of those that the first one lacks.
 
-    Returns the differences. Numbers computed across the two places compare different things.
+    Returns the differences. Metrics computed across the two places would be wrong.
     """
     differ = [
         f"{i} is {printable(ours[i])} in {where} and {printable(theirs[i])} in {elsewhere}"

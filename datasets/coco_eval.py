@@ -199,7 +199,7 @@ def convert_to_xywh(boxes: Tensor) -> Tensor:
 
 
 def curves(evaluation) -> dict:
-    """Return what precision curves are drawn from, as tensors and numbers that load with `weights_only=True`."""
+    """Return the precision curves of an evaluation, as tensors and numbers that load with `weights_only=True`."""
     result, params = evaluation.eval, evaluation.params
     return {
         **{name: torch.as_tensor(np.asarray(result[name])) for name in ("precision", "recall", "scores")},

@@ -165,7 +165,7 @@ def read_lists(path: str | Path, rows: Rows, annotation, kind: str, required: tu
     found = read_records(path, readers)
     missing = [name for name in required if name not in found]
     if missing:
-        raise ValueError(f"{path}: not a COCO {kind} file: no list named {', '.join(map(repr, missing))} at its top")
+        raise ValueError(f"{path}: not a COCO {kind} file: no list named {', '.join(map(repr, missing))} at the top")
     report(path, rows.problems())
 
 

@@ -1,4 +1,4 @@
-"""The names of COCO's categories by id, for the published weights, which come without.
+"""The names of COCO's categories by id, for the published weights, which hold no names.
 
 Things have ids up to 90, stuff (of panoptic segmentation) has those from 92; both have holes.
 """

@@ -1,4 +1,4 @@
-"""COCO panoptic: every pixel's segment, things and stuff alike, as objects with a class, a box and a mask."""
+"""COCO panoptic: segments, both things and stuff, as objects with a class, a box and a mask."""
 
 from functools import cached_property
 from pathlib import Path
@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from datasets.coco import NEW_FLAGS, CocoDetection, build_options, make_coco_transforms, make_target
+from datasets.coco import CocoDetection, build_options, make_coco_transforms, make_target
 from datasets.coco_api import index_coco, load_coco_api
 from datasets.coco_checks import check_masks, check_sizes
 from datasets.coco_index import read_coco_index
@@ -17,12 +17,12 @@ from datasets.masks import check_colours, check_segment_ids, encode_masks, read_
 from datasets.panoptic_eval import check_pq_package
 from datasets.panoptic_index import PanopticIndex, read_panoptic_index
 from util.box_ops import masks_to_boxes
-from util.flags import with_defaults
+from util.flags import NEW_FLAGS, with_defaults
 from util.logger import logger
 from util.text import printable
 
 __all__ = ["CocoPanoptic", "build", "make_coco_transforms", "masks_to_boxes"]
-SAMPLE = 16  # maps whose channels are looked at before training starts
+SAMPLE = 16  # maps whose channels are checked before training starts
 COCO_CLASSES = 250  # outputs of the published models; the largest category id of COCO panoptic is 200
 
 
@@ -30,8 +30,9 @@ class CocoPanoptic(CocoDetection):
     """A folder of images, a folder of panoptic maps, and a COCO panoptic file.
 
     An item is CocoDetection's, whose objects are segments, stuff included. With `return_masks`, masks are read from the
-    map and boxes are those of the masks; without, maps are not read and boxes come from the file. Either way corners
-    are coordinates of outermost pixels, so a segment one pixel thin has no area and is dropped, as crowds are. AP (of
+    map and boxes are those of the masks; without, maps are not read and boxes come from the file. In both cases
+    corners are the coordinates of the outermost pixels, so a segment that is one pixel thin has no area and is dropped;
+    crowds are dropped too. AP (of
     the things) is computed against the objects of `instances_file`, or without one against the segments themselves.
 
     The files are checked once, here, except for the maps' pixels: a map whose ids are not those of the file raises
@@ -160,7 +161,7 @@ def build(image_set: str, args) -> CocoPanoptic:
 
 
 def build_panoptic(image_set: str, args, num_classes: int | None) -> CocoPanoptic:
-    """Do what `build` does, with another default for the number of classes; `args` has every flag."""
+    """Build the dataset as `build` does, for `num_classes` classes (None: from the file); `args` has every flag."""
     if args.coco_path is None:
         raise ValueError(f"where is the data? Give --coco_path, the folder that holds {image_set}2017/")
     root, maps = Path(args.coco_path), Path(args.coco_panoptic_path or args.coco_path)

@@ -1,4 +1,4 @@
-"""How many boxes a detector shows for each object, and warnings where its detections say that it has not learned."""
+"""The number of detections for each object, and warnings of detections that show that a model has not learned."""
 
 import torch
 from torch import Tensor
@@ -8,11 +8,11 @@ from util.logger import logger
 
 SHOWN = 0.5  # score from which a detection is usually shown
 FEW_IMAGES = 10  # with fewer, boxes may be alike by chance
-ALIKE = 0.01  # mean deviation between images of a query's box, as a share of the image's sides
+ALIKE = 0.01  # mean standard deviation of a query's box over images, as a share of the image's sides
 
 
 class DetectionStats:
-    """An evaluator (see datasets/evaluators.py): `boxes_per_object`, and warnings of detections that tell nothing."""
+    """An evaluator (see datasets/evaluators.py): `boxes_per_object`, and warnings of useless detections."""
 
     def __init__(self):
         self.images: dict[int, tuple[Tensor, Tensor, int]] = {}  # boxes [Q, 4] in 0..1, scores [Q], objects; by id
@@ -37,7 +37,7 @@ class DetectionStats:
     def summarize(self) -> dict[str, float]:
         """Log the warnings; return `boxes_per_object`, the detections that score above 0.5 over the objects.
 
-        It is 1 for a perfect detector, and larger where several queries answer one object. Without objects: {}.
+        It is 1 for a perfect detector, and larger where several queries detect the same object. Without objects: {}.
         """
         objects = sum(count for _, _, count in self.images.values())
         if not objects:
@@ -50,8 +50,8 @@ class DetectionStats:
         return {"boxes_per_object": shown / objects}
 
     def _deviation(self) -> float:
-        """Mean over queries of the deviation between images of their boxes."""
+        """Return the standard deviation of a query's box over the images, averaged over the queries."""
         boxes = [boxes for boxes, _, _ in self.images.values()]
-        if len({len(each) for each in boxes}) > 1:  # another post-processor: its rows are no queries
+        if len({len(each) for each in boxes}) > 1:  # a post-processor that drops queries: rows are not queries
             return 1.0
         return float(torch.stack(boxes).std(dim=0).mean())

@@ -1,4 +1,4 @@
-"""The metrics of an evaluation: which are computed, and how each gets what the model predicted.
+"""The metrics of an evaluation: a table of functions, each of which builds an evaluator.
 
 An evaluator has four methods. `update(predictions, batch)` takes the results of the box (and mask) post-processors by
 image id, and the Batch they come from; `synchronize_between_processes()` brings everything to the main process;
@@ -76,7 +76,7 @@ class PanopticQuality:
 
 
 def panoptic_quality(postprocessors: dict, data_loader, base_ds, output_dir, coco_backend) -> PanopticQuality | None:
-    """PQ, where there is a panoptic post-processor; the maps are left in `output_dir`/panoptic_eval."""
+    """PQ, where there is a panoptic post-processor; the maps are written to `output_dir`/panoptic_eval."""
     if "panoptic" not in postprocessors:
         return None
     dataset = data_loader.dataset
@@ -89,7 +89,7 @@ def panoptic_quality(postprocessors: dict, data_loader, base_ds, output_dir, coc
 
 
 def detection_stats(postprocessors: dict, data_loader, base_ds, output_dir, coco_backend) -> DetectionStats:
-    """Count the boxes shown for each object, and warn of detections that tell nothing."""
+    """Count the detections for each object, and warn of useless detections."""
     return DetectionStats()
 
 

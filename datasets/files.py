@@ -1,4 +1,4 @@
-"""Files that annotations name: whether they are in their folder, or there under a similar name."""
+"""Check that the files named in annotations are in their folder, and suggest similar names for missing ones."""
 
 import os
 import unicodedata
@@ -11,7 +11,7 @@ from util.text import printable
 
 
 class Listings:
-    """The names of the files in folders, each folder read once: faster than one question per file."""
+    """The names of the files in folders, each folder read once: faster than one system call per file."""
 
     def __init__(self):
         self.read: dict[str, set[str]] = {}
@@ -60,14 +60,14 @@ def leads_outside(name: str) -> bool:
 
 
 def inside(folder: str | Path, name: str, outside: bool = False) -> Path:
-    """Return the path of a file that data name; ValueError if it leads out of the folder, unless `outside`."""
+    """Return the path of a file named in data; ValueError if it leads out of the folder, unless `outside`."""
     if not outside and leads_outside(name):
         raise ValueError(f"{printable(name)} lies outside {folder}: it is read only with --allow outside_paths")
     return Path(folder) / name
 
 
 def _with_hint(name: str, folder: str | Path, listings: Listings) -> str:
-    """Return a name that is not there, with that of a file which may be meant."""
+    """Return the name of a missing file, with that of an existing file which may be meant."""
     decoded = unquote(name.replace("\\", "/"))
     for similar in (decoded, os.path.basename(decoded)):
         parent, base = os.path.split(os.path.join(folder, similar))

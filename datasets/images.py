@@ -28,10 +28,10 @@ def allow_large_images() -> None:
 
 @contextmanager
 def decoding(file: str | Path | BinaryIO, what: str = "image") -> Iterator[None]:
-    """Turn whatever a decoder raises into a ValueError that names the file and what to do.
+    """Turn any error of a decoder into a ValueError that names the file and the remedy.
 
     FileNotFoundError, and errors of the system (OSError with an error number), keep their type: the file itself may be
-    all right.
+    intact.
     """
     name = printable(file)
     try:
@@ -39,7 +39,7 @@ def decoding(file: str | Path | BinaryIO, what: str = "image") -> Iterator[None]
     except FileNotFoundError:
         raise FileNotFoundError(f"{name}: no such {what}") from None
     except Image.DecompressionBombError as error:
-        raise ValueError(f"{name}: {error}; --allow large_images reads it all the same") from error
+        raise ValueError(f"{name}: {error}; --allow large_images reads it") from error
     except MemoryError:
         raise
     except Exception as error:  # damaged bytes can break a decoder in any way

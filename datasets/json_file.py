@@ -105,7 +105,7 @@ def _walk(text: str, readers: Mapping[str, Callable]) -> set[str]:
         at = _expect(":", text, at)
         if isinstance(name, str) and name in readers and text[at : at + 1] == "[":
             if name in found:
-                raise ValueError(f"the list {name!r} is there twice")
+                raise ValueError(f"the list {name!r} occurs twice")
             found.add(name)
             at = _walk_list(text, at, readers[name])
         else:
@@ -146,7 +146,7 @@ def _expect(mark: str, text: str, at: int) -> int:
 def report(path: str | Path, problems: Iterable[tuple[str, Iterable]]) -> None:
     """Raise one ValueError that lists every kind of problem found, with its count and first examples.
 
-    `problems` are pairs of a description and the examples; a pair without examples is no problem.
+    `problems` are pairs of a description and the examples; a pair without examples is left out.
     """
     lines = []
     for what, examples in problems:

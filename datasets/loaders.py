@@ -36,7 +36,7 @@ def _loader(dataset: Dataset, batches: Sampler, num_workers: int, device: torch.
         persistent_workers=num_workers > 0,
         worker_init_fn=worker_init,
         pin_memory=device.type == "cuda",
-        generator=torch.Generator(),  # of its own: the global one is for dropout, and must not depend on loaders
+        generator=torch.Generator(),  # its own: the global generator draws dropout, and loaders must not advance it
     )
 
 
@@ -62,7 +62,7 @@ class SeededDataset(Dataset):
 class SkipUnreadable(Dataset):
     """A training set in which the next readable image takes the place of one that is damaged or missing.
 
-    Errors of the system, such as a disk or network that fails, are raised: no image is at fault.
+    Errors of the system, such as a disk or network that fails, are raised: the image may be intact.
     """
 
     def __init__(self, dataset: Dataset):

@@ -46,7 +46,7 @@ def usable_polygons(segmentation: list) -> list[list[float]]:
         if len(polygon) < 6:
             continue
         try:
-            # The length of all coordinates as one vector is no less than any of them: one pass for the usual polygon.
+            # The Euclidean norm of all coordinates is at least the largest of them: one pass for the usual polygon.
             usable = math.hypot(*polygon) < LARGEST_COORDINATE or _bounded(polygon)
         except TypeError:
             raise ValueError("a polygon coordinate that is not a number") from None
@@ -132,7 +132,7 @@ def decode_masks(segmentations: Iterable, height: int, width: int, where: str) -
 
 def encode_masks(masks: Tensor) -> list[dict]:
     """Encode 0/1 masks [N, H, W] as COCO's compressed run-length codes, ready for JSON."""
-    # pycocotools wants column-major memory, one mask after the other.
+    # pycocotools needs column-major memory, one mask after the other.
     codes = mask_api.encode(np.asfortranarray(masks.cpu().byte().permute(1, 2, 0).numpy()))
     return [{"size": [int(side) for side in code["size"]], "counts": code["counts"].decode()} for code in codes]
 
@@ -140,7 +140,7 @@ def encode_masks(masks: Tensor) -> list[dict]:
 def read_segment_ids(file: str | Path | BinaryIO) -> np.ndarray:
     """Read a panoptic map: int64 [H, W], 0 for no segment.
 
-    It is a PNG whose colour is an id (R + 256 G + 256^2 B); where there is one channel, its value is the id. Raises
+    It is a PNG whose colours are ids (R + 256 G + 256^2 B); where there is one channel, its value is the id. Raises
     FileNotFoundError, or ValueError naming a file that cannot be decoded.
     """
     with decoding(file, "panoptic map"), Image.open(file) as image:
@@ -169,6 +169,6 @@ def check_segment_ids(where: str, painted: Collection[int], listed: Collection[i
     absent, stray = sorted(set(listed) - set(painted)), sorted(set(painted) - set(listed) - {0})
     if absent or stray:
         raise ValueError(
-            f"{printable(where)}: the map does not go with its segments_info: listed but without a pixel: "
+            f"{printable(where)}: the map does not match its segments_info: listed but without a pixel: "
             f"{absent[:5]}; painted but not listed: {stray[:5]}; JSON and PNG must come from the same annotation"
         )

@@ -26,8 +26,8 @@ def check_pq_package() -> None:
 class PanopticEvaluator:
     """Collects panoptic maps with `update`, then gives PQ, SQ and RQ (Kirillov et al. 2019), computed by hotcoco.
 
-    `ann_file` and `ann_folder` are the ground truth. In `output_dir` the predictions are left in COCO's format, the
-    maps as PNGs (`000000000042.png` for image 42) and `predictions.json`; None leaves nothing. Where several processes
+    `ann_file` and `ann_folder` are the ground truth. The predictions are written to `output_dir` in COCO's format, the
+    maps as PNGs (`000000000042.png` for image 42) and `predictions.json`; None writes nothing. Where several processes
     evaluate, all must see that folder. An image counts once however often it was seen, and only seen images count.
     Maps of the ground truth that lie outside `ann_folder` are read only with `allow_outside`.
     """

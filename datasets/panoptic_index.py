@@ -98,7 +98,7 @@ def _segment_problems(
         ("segments that share an id within an image", [f"image {i} (segment {s})" for i, s in keys.T[times > 1]]),
         ("segments with an id below 1 (0 is void)", examples(ids < 1)),
         (
-            f"segments with an id above {LARGEST_ID} (a map's colours end there)",
+            f"segments with an id above {LARGEST_ID} (the largest that a colour can encode)",
             examples(ids > LARGEST_ID),
         ),
         ("segments of a category that is not listed", examples(~np.isin(labels, [c["id"] for c in categories]))),

@@ -1,6 +1,6 @@
 """The generated dataset that needs no download: coloured shapes in COCO's format.
 
-It has, on a small scale, what COCO has: several classes, overlapping objects, small to large objects, images of
+On a small scale it has the properties of COCO: several classes, overlapping objects, small to large objects, images of
 different sizes, images without objects, crowds; and for panoptic training stuff behind the objects and unlabelled
 patches. The same flags give the same files.
 """
@@ -18,7 +18,7 @@ from PIL import Image, ImageDraw
 
 from datasets import coco, coco_panoptic
 from datasets.json_file import read_json
-from util.flags import with_defaults
+from util.flags import NEW_FLAGS, with_defaults
 from util.logger import logger
 
 THINGS = ("circle", "square", "triangle", "star", "ring", "cross", "hexagon", "bar")
@@ -31,17 +31,13 @@ EXTENT = (0.2, 0.8)  # diameter of an object, as a share of the image's shorter 
 LARGEST_HIDDEN = 0.4  # an object is placed only if every other one keeps at least 60 % of its pixels
 
 
-# The flags of this dataset; a caller whose `args` lacks one gets its default.
-NEW_FLAGS = {"shapes_train": 4000, "shapes_val": 250, "shapes_size": 192, "shapes_classes": 4, "shapes_seed": 0}
-
-
 def build(image_set: str, args) -> coco.CocoDetection:
     """Build the `train` or `val` part, and generate the files first if they do not exist.
 
-    They are written to `--coco_path`, by default a folder under the user's cache, named after the flags. Its
+    They are written to `--coco_path`, by default a folder under the user's cache, named after the flags.
     `--dataset_file` is "shapes" for objects only, or "shapes_panoptic" for stuff too.
     """
-    args = with_defaults(args, {**coco.NEW_FLAGS, **NEW_FLAGS, "dataset_file": "shapes", "coco_path": None})
+    args = with_defaults(args, {**NEW_FLAGS, "dataset_file": "shapes", "coco_path": None})
     counts = {"train": args.shapes_train, "val": args.shapes_val}
     if args.coco_path is None:
         cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
@@ -148,7 +144,7 @@ def draw_scene(rng: np.random.Generator, image_size: int, classes: int) -> tuple
     if crowded:
         labels[3] = int(rng.integers(1, classes + 1))
         _place_crowd(rng, pixels, ids, labels[3])
-    whole = {3: int((ids == 3).sum())}  # pixels of each object when nothing hides it
+    whole = {3: int((ids == 3).sum())}  # pixels of each object before others hide parts of it
     for _ in range(6 * wanted):  # tries: an object that would hide too much of another is not placed
         if len(labels) == wanted + 2:
             break

@@ -1,10 +1,9 @@
-"""Flags become a model, its loss and its post-processors."""
+"""Build the model, its loss and its post-processors from the flags."""
 
 import argparse
 
 from torch import nn
 
-from models import backbone, denoising
 from models.backbone import build_backbone
 from models.criterion import SetCriterion, loss_weights
 from models.detr import DETR, PostProcess, build
@@ -12,23 +11,20 @@ from models.matcher import build_matcher
 from models.segmentation import DETRsegm, PostProcessPanoptic, PostProcessSegm
 from models.transformer import build_transformer
 from util.dist import pick_device
-from util.flags import with_defaults
+from util.flags import NEW_FLAGS, with_defaults
 
-__all__ = ["NEW_FLAGS", "build", "build_model"]
-
-# Flags that the reference does not have, and their values for callers whose `args` lack them.
-NEW_FLAGS = {**backbone.NEW_FLAGS, **denoising.NEW_FLAGS, "num_classes": None, "thing_classes": None}
+__all__ = ["build", "build_model"]
 
 COCO_CLASSES, COCO_PANOPTIC_CLASSES = 91, 250  # largest category id + 1, in the published models
 COCO_THINGS = range(91)  # category ids of COCO's things; its stuff has larger ones
 
 
 def build_model(args) -> tuple[nn.Module, SetCriterion, dict[str, nn.Module]]:
-    """Build what the flags describe: the model, the criterion, and the post-processors by name.
+    """Build the model, the criterion and the post-processors, by name, from the flags.
 
-    `args` is any object with the model's flags as attributes: a Namespace of `main.get_args_parser()`, one found in a
-    checkpoint (or the dict of them in this project's checkpoints), a class of your own. `num_classes` defaults to 250
-    for coco_panoptic and to COCO's 91 otherwise.
+    `args` is any object with the model's flags as attributes, or a dict of them: the Namespace of
+    `main.get_args_parser()`, the entry `args` of a checkpoint, an object of your own class. `num_classes` defaults to
+    250 for coco_panoptic and to COCO's 91 otherwise.
     """
     args = argparse.Namespace(**args) if isinstance(args, dict) else args
     flags = with_defaults(args, NEW_FLAGS)
@@ -61,7 +57,7 @@ def build_losses(args) -> dict[str, dict[str, float]]:
 
 
 def build_postprocessors(args) -> dict[str, nn.Module]:
-    """Build what turns outputs into results: `bbox`, with masks `segm`, and for data with stuff `panoptic`."""
+    """Build the post-processors by name: `bbox`, with masks also `segm`, and for data with stuff `panoptic`."""
     postprocessors = {"bbox": PostProcess()}
     if args.masks:
         postprocessors["segm"] = PostProcessSegm()

@@ -1,4 +1,4 @@
-"""Multi-head attention in PyTorch's fused kernels, and how to get its weights.
+"""Multi-head attention with PyTorch's fused kernels, and how to get its weights.
 
 The fused kernels do not return the attention weights. To get them, register a forward hook on an attention module, for
 example `model.transformer.decoder.layers[-1].multihead_attn`: while it has a hook, the module computes its weights too,
@@ -17,7 +17,7 @@ MaybeTensor = Optional[Tensor]  # noqa: UP045
 
 
 class Attention(nn.MultiheadAttention):
-    """Multi-head attention with nn.MultiheadAttention's parameters, in PyTorch's fused kernels; batch first."""
+    """Multi-head attention with nn.MultiheadAttention's parameters and PyTorch's fused kernels; batch first."""
 
     def __init__(self, embed_dim: int, num_heads: int, dropout: float = 0.0):
         super().__init__(embed_dim, num_heads, dropout=dropout, batch_first=True)

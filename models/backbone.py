@@ -11,7 +11,7 @@ from models.position_encoding import build_position_encoding
 from models.resnet import FrozenBatchNorm2d, build_resnet
 from util.checkpoint import load_checkpoint, not_finite
 from util.dist import is_main_process
-from util.flags import with_defaults
+from util.flags import NEW_FLAGS, with_defaults
 from util.logger import logger
 from util.nested_tensor import NestedTensor
 
@@ -57,8 +57,9 @@ class _Body(nn.ModuleDict):
 class BackboneBase(nn.Module):
     """Wraps a torchvision-style ResNet: returns features with padding masks of their size.
 
-    Of `backbone`, layer2 to layer4 train when `train_backbone` is true; the stem and layer1 never do. The features are
-    layer4's, `num_channels` at stride 32 (16 if dilated), or those of all four layers with `return_interm_layers`.
+    layer2 to layer4 of `backbone` train if `train_backbone` is true; the stem and layer1 never train. The features are
+    those of layer4 (`num_channels` channels, stride 32, or 16 if dilated), or with `return_interm_layers` those of all
+    four layers.
     """
 
     def __init__(self, backbone: nn.Module, train_backbone: bool, num_channels: int, return_interm_layers: bool):
@@ -93,7 +94,8 @@ class Backbone(BackboneBase):
 
     `dilation` keeps layer4 at stride 16 ("DC5"; not for resnet18 and 34). `weights` is "imagenet" (torchvision's V1),
     "none" (random) or the path of a state dict in torchvision's names. `norm` is "frozen" (statistics and affine of
-    the loaded weights, never trained) or "batch": live batch norm, and every layer trains, to train from scratch.
+    the loaded weights, never trained) or "batch": batch norm that trains, and every layer trains, for training from
+    scratch.
     """
 
     def __init__(
@@ -182,15 +184,11 @@ class Joiner(nn.Sequential):
         return NestedTensor(images.to(self.pixel_mean.dtype), mask)  # the model's type, which may be half precision
 
 
-# Flags that the reference does not have, and their values for callers without them.
-NEW_FLAGS = {"backbone_weights": "imagenet", "backbone_norm": "frozen"}
-
-
 def build_backbone(args) -> Joiner:
     """Build backbone and position encoding from the flags. Raises OSError if ImageNet weights cannot be downloaded.
 
-    A caller whose `args` has no `backbone_weights` mostly loads a whole checkpoint next: it gets random weights and a
-    warning instead of the OSError.
+    If `args` has no `backbone_weights`, the caller was written for DETR and usually loads a whole checkpoint next: it
+    gets random weights and a warning instead of the OSError.
     """
     flags = with_defaults(args, NEW_FLAGS)
     position_embedding = build_position_encoding(args)

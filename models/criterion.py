@@ -22,8 +22,8 @@ class SetCriterion(nn.Module):
 
     `losses` names the losses to compute: "xyz" is the method `loss_xyz(outputs, targets, indices, num_boxes)`, which
     gets one decoder layer's outputs and returns {name: scalar}. The weights of `weight_dict` are not applied here:
-    training sums `losses[name] * weight_dict[name]` over the names it holds. `eos_coef` is the weight of "no object" in
-    the cross-entropy, since most queries find nothing.
+    training sums `losses[name] * weight_dict[name]` over the names in `weight_dict`. `eos_coef` is the weight of "no
+    object" in the cross-entropy; it is small because most queries match no object.
 
     `matcher` takes (one layer's outputs, targets) and returns for each image two index vectors: predictions, objects.
     """
@@ -83,16 +83,16 @@ class SetCriterion(nn.Module):
     def loss_labels(
         self, outputs: dict, targets: list[dict], indices: Indices, num_boxes: Tensor | float, log: bool = True
     ) -> dict[str, Tensor]:
-        """Cross-entropy over all queries, an unmatched one having class K; the mean weighted by class.
+        """Cross-entropy over all queries, averaged with class weights; the target of an unmatched query is class K.
 
         With `log`, `class_error` is the share of matched queries whose best class is wrong, in percent.
         """
         logits = outputs["pred_logits"]
         matched = self._get_src_permutation_idx(indices)
         labels = torch.cat([target["labels"][objects] for target, (_, objects) in zip(targets, indices, strict=True)])
-        wanted = torch.full(logits.shape[:2], self.num_classes, dtype=torch.int64, device=logits.device)
-        wanted[matched] = labels
-        losses = {"loss_ce": F.cross_entropy(logits.transpose(1, 2), wanted, self.empty_weight)}
+        target_classes = torch.full(logits.shape[:2], self.num_classes, dtype=torch.int64, device=logits.device)
+        target_classes[matched] = labels
+        losses = {"loss_ce": F.cross_entropy(logits.transpose(1, 2), target_classes, self.empty_weight)}
         if log:
             losses["class_error"] = 100 - accuracy(logits[matched].detach(), labels)[0]
         return losses
@@ -113,23 +113,23 @@ class SetCriterion(nn.Module):
         """L1 distance and 1 - GIoU of matched boxes, summed over pairs and divided by the number of objects."""
         boxes = outputs["pred_boxes"][self._get_src_permutation_idx(indices)]
         # An image without objects may have boxes of shape [0].
-        wanted = torch.cat(
+        target_boxes = torch.cat(
             [t["boxes"].reshape(-1, 4)[objects] for t, (_, objects) in zip(targets, indices, strict=True)]
         )
-        giou = elementwise_giou(box_cxcywh_to_xyxy(boxes), box_cxcywh_to_xyxy(wanted))
-        return {"loss_bbox": (boxes - wanted).abs().sum() / num_boxes, "loss_giou": (1 - giou).sum() / num_boxes}
+        giou = elementwise_giou(box_cxcywh_to_xyxy(boxes), box_cxcywh_to_xyxy(target_boxes))
+        return {"loss_bbox": (boxes - target_boxes).abs().sum() / num_boxes, "loss_giou": (1 - giou).sum() / num_boxes}
 
     def loss_masks(
         self, outputs: dict, targets: list[dict], indices: Indices, num_boxes: Tensor | float
     ) -> dict[str, Tensor]:
         """Focal and dice loss of matched masks, upsampled to the size the images were padded to."""
         masks = outputs["pred_masks"][self._get_src_permutation_idx(indices)]
-        wanted = _padded_masks(targets)[self._get_tgt_permutation_idx(indices)]
-        masks = F.interpolate(masks[:, None], size=wanted.shape[-2:], mode="bilinear", align_corners=False)
-        masks, wanted = masks.flatten(1), wanted.flatten(1).float()
+        target_masks = _padded_masks(targets)[self._get_tgt_permutation_idx(indices)]
+        masks = F.interpolate(masks[:, None], size=target_masks.shape[-2:], mode="bilinear", align_corners=False)
+        masks, target_masks = masks.flatten(1), target_masks.flatten(1).float()
         return {
-            "loss_mask": sigmoid_focal_loss(masks, wanted, num_boxes),
-            "loss_dice": dice_loss(masks, wanted, num_boxes),
+            "loss_mask": sigmoid_focal_loss(masks, target_masks, num_boxes),
+            "loss_dice": dice_loss(masks, target_masks, num_boxes),
         }
 
     def _get_src_permutation_idx(self, indices: Indices) -> tuple[Tensor, Tensor]:
@@ -153,11 +153,11 @@ class SetCriterion(nn.Module):
         """Compute the masks of the matched queries; return them as `pred_masks` [B, Q, h, w], zero for the others."""
         matched = self._get_src_permutation_idx(indices)
         masks = outputs["masks_of"](*matched).float()
-        every = masks.new_zeros(*outputs["pred_logits"].shape[:2], *masks.shape[-2:])
-        return every.index_put(matched, masks)
+        all_masks = masks.new_zeros(*outputs["pred_logits"].shape[:2], *masks.shape[-2:])
+        return all_masks.index_put(matched, masks)
 
     def count_objects(self, targets: list[dict], device: torch.device) -> Tensor | float:
-        """Count the objects, averaged over processes in training, at least 1: what sums over pairs are divided by.
+        """Count the objects (at least 1), in training averaged over processes: the divisor of sums over matched pairs.
 
         In evaluation, processes may have different numbers of batches and must not wait for each other.
         """
@@ -168,17 +168,17 @@ class SetCriterion(nn.Module):
 
 
 def loss_weights(weights: dict[str, dict[str, float]], layers: int) -> dict[str, float]:
-    """Weights of all losses by name, from those of each loss, for `layers` decoder layers.
+    """Return the weights of all losses by name, for `layers` decoder layers.
 
     `weights` maps the losses of SetCriterion to the weights of what they return, for example
     {"labels": {"loss_ce": 1}}. The earlier layers have the suffixes _0, _1, ...
     """
-    every = {name: weight for loss in weights.values() for name, weight in loss.items()}
+    weight_dict = {name: weight for values in weights.values() for name, weight in values.items()}
     for i in range(layers - 1):
-        for loss, named in weights.items():
+        for loss, values in weights.items():
             if loss not in LAST_LAYER_ONLY:
-                every |= {f"{name}_{i}": weight for name, weight in named.items()}
-    return every
+                weight_dict |= {f"{name}_{i}": weight for name, weight in values.items()}
+    return weight_dict
 
 
 def _in_float32(layer: dict) -> dict:
@@ -190,10 +190,12 @@ def _in_float32(layer: dict) -> dict:
 
 
 def _to_device(indices: list[Indices], device: torch.device) -> list[Indices]:
-    """Bring the index vectors of all layers to a device in one copy, so that no later indexing waits for it."""
-    pairs = [torch.as_tensor(vector, dtype=torch.int64) for layer in indices for pair in layer for vector in pair]
-    moved = iter(torch.cat(pairs).to(device, non_blocking=True).split([len(vector) for vector in pairs]))
-    return [[(next(moved), next(moved)) for _ in layer] for layer in indices]
+    """Copy the index vectors of all layers to a device at once, so that later indexing does not wait for a copy."""
+    vectors = [torch.as_tensor(vector, dtype=torch.int64) for layer in indices for pair in layer for vector in pair]
+    moved = torch.cat(vectors).to(device, non_blocking=True).split([len(vector) for vector in vectors])
+    pairs = list(zip(moved[::2], moved[1::2], strict=True))
+    images = len(indices[0])
+    return [pairs[first : first + images] for first in range(0, len(pairs), images)]
 
 
 def _padded_masks(targets: list[dict]) -> Tensor:

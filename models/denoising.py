@@ -1,16 +1,16 @@
 """Denoising queries: extra decoder queries, in training only, whose targets are known without matching.
 
 DN-DETR (Li et al., "DN-DETR: Accelerate DETR Training by Introducing Query DeNoising", CVPR 2022, arXiv 2203.01305): a
-ground-truth box with noise, and the class of the object, become a query that must give back the object. The decoder
-learns what a query at a place should answer before the matching is stable. The negatives are from DINO (Zhang et al.,
-2022, arXiv 2203.03605): the same object with more noise, which must answer "no object" and teaches the decoder to give
-one answer per object.
+query is made of a ground-truth box with noise and the class of the object, and must reconstruct the object. So the
+decoder learns to predict the object near a given box before the matching is stable. The negatives are from DINO (Zhang
+et al., 2022, arXiv 2203.03605): queries made with more noise, whose target is "no object". They teach the decoder to
+predict each object once.
 
 The denoising queries run through the same decoder in the same pass. An attention mask hides each group from the other
 groups and from the object queries, and the object queries from all groups. The trained network is not changed: the
 parameters below live in a module of their own, beside it.
 
-Shapes: B images, Q object queries, G groups, T the most objects in an image of the batch, C hidden width. A group has
+Shapes: B images, Q object queries, G groups, T the most objects in one image of the batch, C hidden width. A group has
 2 T queries: T noised objects, then T negatives; D = 2 G T. Boxes are cxcywh in 0..1.
 """
 
@@ -21,7 +21,7 @@ from torch.nn.utils.rnn import pad_sequence
 from models.criterion import SetCriterion
 from models.detr import DETR
 from models.matcher import Indices
-from util.flags import with_defaults
+from util.flags import NEW_FLAGS, with_defaults
 from util.nested_tensor import NestedTensor
 
 PREFIX = "dn_"  # of the names of the denoising losses
@@ -52,7 +52,7 @@ class DenoisingQueries(nn.Module):
     def noised(self, targets: list[dict[str, Tensor]]) -> tuple[Tensor, Tensor]:
         """Draw classes [B, D] and boxes [B, D, 4] of the denoising queries.
 
-        An image with fewer than T objects gets random ones in their place, which must answer "no object".
+        An image with fewer than T objects is filled up with random ones, whose target is "no object".
         """
         most = max(1, *(len(target["labels"]) for target in targets))
         labels, boxes = _padded_objects(targets, most, self.num_classes)
@@ -114,8 +114,8 @@ class DenoisingDETR(nn.Module):
 class DenoisingCriterion(nn.Module):
     """DETR's loss, and the same losses of the denoising queries under names that begin with `dn_`.
 
-    `criterion` is the loss of the object queries. The denoising queries need no matching: query t of each group answers
-    object t, and the negatives answer "no object".
+    `criterion` is the loss of the object queries. The denoising queries need no matching: query t of each group is
+    matched to object t, and the target of the negatives is "no object".
     """
 
     def __init__(self, criterion: SetCriterion, groups: int):
@@ -141,7 +141,7 @@ class DenoisingCriterion(nn.Module):
         return losses
 
     def indices(self, targets: list[dict], logits: Tensor) -> Indices:
-        """For each image, the denoising queries that answer an object, and the object of each."""
+        """Return, for each image, the denoising queries that reconstruct an object, and the object of each."""
         most = logits.shape[1] // (2 * self.groups)
         first = torch.arange(self.groups, device=logits.device) * 2 * most
         pairs = []
@@ -164,16 +164,13 @@ def _padded_objects(targets: list[dict[str, Tensor]], most: int, num_classes: in
     return labels, torch.where(missing[..., None], torch.cat([centre, size], dim=-1), boxes)
 
 
-# Flags that the reference does not have, and their values for callers without them.
-NEW_FLAGS = {"denoising_groups": 0, "denoising_box_noise": 0.4, "denoising_label_noise": 0.2}
-
-
 def build_denoising(
     args, model: nn.Module, criterion: SetCriterion
 ) -> tuple[nn.Module, nn.Module, DenoisingQueries | None]:
-    """Build what trains the model: with denoising queries if the flags ask for them, else model and criterion.
+    """Add denoising queries to the model and the criterion if the flags ask for them.
 
-    Returns the training network, its criterion, and the module of the training-only parameters, or None.
+    Returns the network to train, its criterion, and the module of the training-only parameters; without denoising
+    queries, the model and the criterion themselves, and None.
     """
     flags = with_defaults(args, NEW_FLAGS)
     if not flags.denoising_groups:

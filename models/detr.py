@@ -58,8 +58,8 @@ class DETR(nn.Module):
     ):
         super().__init__()
         width = transformer.d_model
-        # The order of registration is a contract: optimizers, those in published checkpoints too, match their state to
-        # the parameters by position.
+        # The order of registration is a contract: optimizers, also those in published checkpoints, match their saved
+        # state to the parameters by position.
         self.transformer = transformer
         self.class_embed = nn.Linear(width, num_classes + 1)
         self.bbox_embed = MLP(width, width, 4, 3)
@@ -159,7 +159,7 @@ class PostProcess(nn.Module):
 
 
 def build(args) -> tuple[nn.Module, SetCriterion, dict[str, nn.Module]]:
-    """Build model, criterion and post-processors; the old address of `models.build_model`."""
+    """Build model, criterion and post-processors: `models.build_model` under the reference's import path."""
     from models import build_model  # imported here, since it imports this module
 
     return build_model(args)

@@ -18,8 +18,8 @@ class HungarianMatcher(nn.Module):
 
         cost_class * -p_i(class_j) + cost_bbox * |b_i - b_j|_1 + cost_giou * -GIoU(b_i, b_j).
 
-    It has the probability itself, not its logarithm: that keeps it in the range of the other two terms. Objects beyond
-    the number of queries stay unmatched; so do the remaining predictions, which the loss trains as "no object".
+    The first term is the probability, not its logarithm, so that it has the range of the other two. If there are more
+    objects than queries, some stay unmatched. The loss trains unmatched predictions as "no object".
     """
 
     def __init__(self, cost_class: float = 1, cost_bbox: float = 1, cost_giou: float = 1):
@@ -68,8 +68,8 @@ class HungarianMatcher(nn.Module):
 def _assign(cost: np.ndarray) -> tuple[Tensor, Tensor]:
     """Solve one image's assignment [Q, T].
 
-    The solver refuses costs that are not finite. They become merely large here: the loss of such predictions is not
-    finite either, and the training loop reports it by name.
+    The solver refuses costs that are not finite, so they are replaced by large ones. The loss of such predictions is
+    not finite either, and the training loop reports it by name.
     """
     rows, columns = linear_sum_assignment(np.nan_to_num(cost, nan=1e6, posinf=1e6, neginf=-1e6))
     return torch.as_tensor(rows, dtype=torch.int64), torch.as_tensor(columns, dtype=torch.int64)

@@ -1,4 +1,4 @@
-"""The panoptic map: what the network says of every pixel, as one segment for each (paper, section 4.4)."""
+"""Panoptic post-processing: one segment, a thing or stuff, for every pixel (paper, section 4.4)."""
 
 import io
 from collections.abc import Sequence
@@ -9,13 +9,13 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-SMALLEST_SEGMENT = 5  # pixels at the final size; what is smaller leaves the map
+SMALLEST_SEGMENT = 5  # pixels at the final size; smaller segments are removed
 
 
 class PostProcessPanoptic(nn.Module):
-    """Reads a panoptic map out of the network's outputs: every pixel belongs to one segment, a thing or a stuff.
+    """Turns the network's outputs into a panoptic map: every pixel belongs to one segment, a thing or stuff.
 
-    `is_thing_map` says of each class id whether it is a thing; ids it does not know are stuff. Queries whose best class
+    `is_thing_map` maps a class id to whether it is a thing; ids that are not in it are stuff. Queries whose best class
     is "no object", or has a probability of `threshold` or less, are left out.
     """
 
@@ -36,15 +36,15 @@ class PostProcessPanoptic(nn.Module):
     ) -> list[dict]:
         """Give each image a `png_string` (the segment ids as COCO's RGB encoding) and its `segments_info`.
 
-        Sizes are (height, width) for each image, tensors or tuples: as it entered the model, and as wanted (default:
-        the same). `padded_size` is the batch's, of which each image fills the upper left corner; without it, masks are
-        taken to cover just the image. Segments count from `first_id`: in COCO's format 0 means "belongs to nothing".
-        No segment at all is a valid answer: a map of zeros.
+        Sizes are (height, width) for each image, tensors or tuples: `processed_sizes` of the model's input without
+        padding, `target_sizes` of the map (default: the same). `padded_size` is the size of the padded batch; an image
+        fills its upper left corner. Without it, masks are taken to cover the image only. Segment ids start at
+        `first_id`: in COCO's format, 0 means no segment. If no query is left, the map is all zeros.
         """
         target_sizes = processed_sizes if target_sizes is None else target_sizes
         if not len(processed_sizes) == len(target_sizes) == len(outputs["pred_logits"]):
             raise ValueError(
-                f"{len(processed_sizes)} input sizes and {len(target_sizes)} wanted sizes for the outputs of "
+                f"{len(processed_sizes)} input sizes and {len(target_sizes)} target sizes for the outputs of "
                 f"{len(outputs['pred_logits'])} images"
             )
         maps = []
@@ -61,21 +61,21 @@ class PostProcessPanoptic(nn.Module):
         return maps
 
     def _segments(self, masks: Tensor, classes: list[int], size: tuple[int, int]) -> tuple[np.ndarray, list[int]]:
-        """Masks [N, h, w] and their classes -> the classes of the segments that remain, and the index of each pixel's.
+        """Masks [N, h, w] and their classes -> the segment index of each pixel [H, W], and the classes of the segments.
 
-        Queries of one stuff class are one segment, that of the first of them.
+        Queries of the same stuff class are merged into one segment, that of the first of them.
         """
         first_of: dict[int, int] = {}
         owner_of = np.array([k if self._is_thing(c) else first_of.setdefault(c, k) for k, c in enumerate(classes)])
         while classes:
-            # Shares, not logits: where two queries have the same share of a pixel to the last bit, the first owns it.
+            # Softmax before argmax: where two queries have equal probabilities, the first one gets the pixel.
             best = masks.flatten(1).T.softmax(-1).argmax(-1).view(masks.shape[1:])
             owner = Image.fromarray(owner_of.astype(np.int32)[best.cpu().numpy()])
             owner = np.asarray(owner.resize(size[::-1], Image.Resampling.NEAREST))
             large = np.bincount(owner.ravel(), minlength=len(classes)) >= SMALLEST_SEGMENT
             if large.all():
                 return owner, classes
-            # What is too small goes, and so do the queries that were merged away; their pixels fall to the others.
+            # Drop small segments, and queries that were merged into another; then assign their pixels to the others.
             masks, classes = masks[torch.from_numpy(large).to(masks.device)], [classes[k] for k in large.nonzero()[0]]
             owner_of = np.arange(len(classes))
         return np.zeros(size, np.int32), []

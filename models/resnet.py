@@ -73,13 +73,13 @@ def resnet_names() -> list[str]:
 def build_resnet(name: str, dilation: bool = False, pretrained: bool = False, frozen: bool = True) -> ResNet:
     """Build torchvision's ResNet `name`, with torchvision's ImageNet V1 weights if `pretrained`.
 
-    `dilation` replaces the stride of layer4 by dilation (DC5). `frozen` norms are folded; otherwise they are live
-    nn.BatchNorm2d. Raises ValueError for an unknown name or blocks that cannot be dilated, OSError if the weights
-    cannot be downloaded.
+    `dilation` replaces the stride of layer4 by dilation (DC5). `frozen` norms are folded; otherwise they are
+    nn.BatchNorm2d, which trains. Raises ValueError for an unknown name or blocks that cannot be dilated, OSError if the
+    weights cannot be downloaded.
     """
     if name not in resnet_names():
         raise ValueError(f"no backbone {name!r}: choose one of {', '.join(resnet_names())}")
-    with torch.device("meta"):  # only its structure is wanted
+    with torch.device("meta"):  # only its structure is needed
         plain = torchvision.models.get_model(name)
     block = type(plain.layer1[0])
     if dilation and block is BasicBlock:

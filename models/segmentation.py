@@ -51,7 +51,7 @@ class DETRsegm(nn.Module):
         self.mask_head = MaskHeadSmallConv(width + heads, [channels // 2, channels // 4, channels // 8], width)
 
     def train(self, mode: bool = True) -> "DETRsegm":
-        """Change between training and evaluation mode; a frozen detector stays in the latter."""
+        """Set training or evaluation mode; a frozen detector stays in evaluation mode."""
         super().train(mode)
         if self.frozen:
             self.detr.eval()
@@ -101,7 +101,7 @@ class DETRsegm(nn.Module):
 
 
 class MHAttentionMap(nn.Module):
-    """The weights of a multi-head attention, with no values behind them: where in the image each query looks."""
+    """The weights of a multi-head attention, without values: where in the image each query attends."""
 
     def __init__(self, query_dim: int, hidden_dim: int, num_heads: int, dropout: float = 0.0, bias: bool = True):
         super().__init__()
@@ -132,7 +132,7 @@ class MaskHeadSmallConv(nn.Module):
     """Convolutions that refine attention maps while adding ever finer backbone features, as in a feature pyramid.
 
     `dim` is the width of the coarse features and the attention maps together, `fpn_dims` are the channels of the three
-    finer features, coarse to fine, and `context_dim` the hidden width, of which the levels keep 1/2, 1/4, 1/8 and 1/16.
+    finer features, coarse to fine, and `context_dim` the hidden width; the levels have 1/2, 1/4, 1/8 and 1/16 of it.
     """
 
     def __init__(self, dim: int, fpn_dims: Sequence[int], context_dim: int):
@@ -173,8 +173,8 @@ class MaskHeadSmallConv(nn.Module):
             batch, queries = bbox_mask.shape[0], bbox_mask.shape[1]
             image = torch.arange(batch, device=x.device).unsqueeze(1).expand(batch, queries).flatten()
             bbox_mask = bbox_mask.flatten(0, 1)
-        # A convolution of features and maps side by side is the sum of one of each; the features' is the same for all
-        # queries of an image, and by far the larger.
+        # The convolution of concatenated features and maps is the sum of a convolution of each. That of the features,
+        # by far the larger one, is the same for all queries of an image.
         channels = x.shape[1]
         shared = F.conv2d(x, self.lay1.weight[:, :channels], self.lay1.bias, padding=1)
         x = F.conv2d(bbox_mask, self.lay1.weight[:, channels:], padding=1) + shared.index_select(0, image)
@@ -216,7 +216,7 @@ def sigmoid_focal_loss(
 def dice_loss(inputs: Tensor, targets: Tensor, num_boxes: Tensor | float) -> Tensor:
     """1 - dice (Milletari et al. 2016) of logits [N, P] and 0/1 targets [N, P], summed over N, over `num_boxes`.
 
-    One is added above and below, so that an empty mask for an empty target is perfect.
+    One is added to numerator and denominator, so that an empty mask for an empty target has no loss.
     """
     probability = inputs.sigmoid()
     overlap = (probability * targets).sum(1)

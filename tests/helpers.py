@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 
 import main
+from util.recipes import parse_args
 
 TINY = (
     "--device cpu --backbone resnet18 --backbone_weights none --hidden_dim 32 --nheads 4 --dim_feedforward 64 "
@@ -26,7 +27,8 @@ PANOPTIC_CATEGORIES = [
 
 def parse(flags: str = ""):
     """Flags of a model small enough to train in a test, and more."""
-    return argparse.ArgumentParser(parents=[main.get_args_parser()]).parse_args([*TINY.split(), *flags.split()])
+    parser = argparse.ArgumentParser(parents=[main.get_args_parser()])
+    return parse_args(parser, [*TINY.split(), *flags.split()])
 
 
 def write_coco(root, part, images, annotations, categories=None, sizes=(48, 64)):

@@ -8,6 +8,7 @@ layer's loss by itself and the optimizer parameter by parameter. Dropout is off 
 
 import argparse
 import json
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -57,7 +58,7 @@ def curve(args: argparse.Namespace, way: str, steps: int) -> list[float]:
         torch._dynamo.reset()
         compile_network(model)
     with plainly() if way == "plain" else nullcontext():
-        for epoch in range(-(-steps // len(batches))):
+        for epoch in range(math.ceil(steps / len(batches))):
             batches.dataset.set_epoch(epoch)
             batches.batch_sampler.set_epoch(epoch)
             loader = list(batches)[: steps - len(recorder.totals) + 1]

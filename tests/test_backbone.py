@@ -50,13 +50,13 @@ def test_weights_from_a_file_load_what_fits_and_skip_norms_without_their_convolu
     del state["layer4.0.conv1.weight"]
     state["layer4.1.conv1.weight"] = torch.ones(1)
     torch.save(state, tmp_path / "r18.pth")
-    said = []
-    monkeypatch.setattr(module.logger, "info", said.append)
+    messages = []
+    monkeypatch.setattr(module.logger, "info", messages.append)
     body = Backbone("resnet18", True, False, False, weights=str(tmp_path / "r18.pth")).body.state_dict()
     assert (body["conv1.weight"] == 0.5).all() and (body["layer3.0.bn1.bias"] == 0.5).all()
     assert not (body["layer4.0.conv1.weight"] == 0.5).any()
     for name in ("layer4.0.bn1.bias", "layer4.1.bn1.bias"):
-        assert (body[name] == 0).all() and name in said[1]
+        assert (body[name] == 0).all() and name in messages[1]
 
 
 def test_weights_that_cannot_be_used_are_named(tmp_path):

@@ -39,9 +39,9 @@ def test_other_processes_go_on_at_the_same_image(before, after):
             rank.set_epoch(5, seen)
         return [sorted(sum(together, [])) for together in zip(*ranks, strict=True)]
 
-    begun = epoch(*before, 0)[:2]
-    rest = epoch(*after, seen=sum(map(len, begun)))
-    assert sorted(sum(begun + rest, [])) == list(range(24))
+    first = epoch(*before, 0)[:2]
+    rest = epoch(*after, seen=sum(map(len, first)))
+    assert sorted(sum(first + rest, [])) == list(range(24))
 
 
 def test_too_few_images_for_a_batch():

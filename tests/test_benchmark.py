@@ -71,7 +71,7 @@ def test_benchmark_beside_another_tree_uses_its_modules(tmp_path):
 
 
 @pytest.mark.parametrize(("flags", "message"), [
-    ("loader --coco_path gone", "--coco_path is gone"),
+    ("loader --coco_path gone", "--coco_path gone: give a folder"),
     ("forward --peer gone", "neither transformers nor a folder"),
 ])  # fmt: skip
 def test_benchmark_without_its_data_ends_in_a_sentence(flags, message):

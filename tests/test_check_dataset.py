@@ -11,7 +11,7 @@ from PIL import Image
 from datasets import build_dataset
 from tests.helpers import parse, write_panoptic
 from tools.check_dataset import main
-from tools.cli import exit_status
+from util.cli import exit_status
 
 
 def change(root, part, edit):
@@ -103,7 +103,7 @@ def test_what_stops_training_is_fatal_and_nothing_else(coco_root, capsys, spoil)
     with pytest.raises(ValueError):
         build_dataset("train", parse(f"--coco_path {coco_root}"))
     status, text = report(coco_root, capsys)
-    assert status == 1 and "FATAL" in text and "training would not get through" in text
+    assert status == 1 and "FATAL" in text and "training would fail" in text
 
 
 def test_a_text_file_named_jpg_is_fatal(coco_root, capsys):
@@ -223,7 +223,7 @@ def instances_of_others(root):
 
 
 @pytest.mark.parametrize("spoil, words", [
-    (other_map([[[1, 0, 0]] * 4] * 3), "2.png: the map does not go with its segments_info"),
+    (other_map([[[1, 0, 0]] * 4] * 3), "2.png: the map does not match its segments_info"),
     (other_map([[[1, 0, 0], [2, 0, 0]]]), r"2.png: \[16, 32\] .height, width., not \[48, 64\]"),
     (other_map([[1, 1, 2, 2]] * 3), "2.png: a panoptic map of one channel"),
     (lambda root: (root / "panoptic_train2017/2.png").write_text("x"), "2.png: not a readable panoptic map"),

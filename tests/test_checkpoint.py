@@ -134,9 +134,9 @@ def test_one_process_downloads_and_the_others_wait(tmp_path):
     processes = [
         subprocess.Popen([sys.executable, "-c", FETCH], stdout=subprocess.PIPE, text=True, env=env) for _ in range(3)
     ]
-    said = [process.communicate(timeout=100)[0] for process in processes]
+    outputs = [process.communicate(timeout=100)[0] for process in processes]
     assert [process.returncode for process in processes] == [0, 0, 0]
-    assert "".join(said).split() == ["downloading"]
+    assert "".join(outputs).split() == ["downloading"]
 
 
 def test_load_model_with_other_shapes_names_them():

@@ -1,4 +1,4 @@
-"""What is said of a dataset when it is built: suspicious content, meanings of ids, sizes of images, odd JSON."""
+"""Checks when a dataset is built: suspicious content, meanings of ids, sizes of images, odd JSON."""
 
 import json
 import re
@@ -60,7 +60,7 @@ def test_a_missing_area_is_never_negative(coco_root):
 def test_images_that_all_have_another_size_are_refused_at_the_start(coco_root):
     for path in (coco_root / "train2017").iterdir():
         Image.open(path).resize((32, 24)).save(path)
-    with pytest.raises(ValueError, match=r"4 of as many images .*000011.jpg is \[24, 32\], not \[48, 64\]"):
+    with pytest.raises(ValueError, match=r"4 images, all that were opened, .*000011.jpg is \[24, 32\], not \[48, 64\]"):
         built(coco_root)
 
 
@@ -89,7 +89,7 @@ def test_training_and_validation_categories_are_compared(coco_root, caplog):
 
 @pytest.mark.parametrize("text, words", [
     ("[" * 100_000, "nested too deeply"), ('{"images": [{"id": ' + "9" * 5000 + "}]}", "not a JSON file"),
-    ('{"images": [], "images": []}', "'images' is there twice"), ("<html>", "not a JSON file"),
+    ('{"images": [], "images": []}', "'images' occurs twice"), ("<html>", "not a JSON file"),
 ])  # fmt: skip
 def test_json_that_breaks_the_parser_is_named(coco_root, text, words):
     path = coco_root / "annotations/instances_train2017.json"

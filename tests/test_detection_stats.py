@@ -1,4 +1,4 @@
-"""Boxes per object, and warnings of detections that tell nothing."""
+"""Boxes per object, and warnings of useless detections."""
 
 import pytest
 import torch

@@ -92,10 +92,10 @@ def test_segments_are_evaluated_alike_by_one_process_and_by_two(tmp_path):
     found = {}
     run_together(f"{flags.replace('--eval', '--epochs 1')} --output_dir {tmp_path}/run", 1)
     for processes in (1, 2):
-        said = run_together(
+        output = run_together(
             f"{flags} --resume {tmp_path}/run/checkpoint.pth --output_dir {tmp_path}/{processes}", processes
         )
-        found[processes] = [line for line in said.splitlines() if re.match(r" Average |(All|Things|Stuff)\b", line)]
+        found[processes] = [line for line in output.splitlines() if re.match(r" Average |(All|Things|Stuff)\b", line)]
         for name in ("predictions_segm.json", "predictions_bbox.json", "panoptic_eval/predictions.json"):
             found[processes].append(json.loads((tmp_path / str(processes) / name).read_text()))
     assert len(found[1]) == 24 + 3 + 3 and found[1] == found[2]
@@ -104,11 +104,11 @@ def test_segments_are_evaluated_alike_by_one_process_and_by_two(tmp_path):
 def test_log_lines_show_the_mean_of_all_processes(trained):
     """Of one step each, in log lines of two processes and of one with the same images."""
     root, flags = trained
-    said = {
+    output = {
         n: run_together(f"{flags} --epochs 1 --batch_size {2 // n} --print_freq 1 --augment none", n) for n in (1, 2)
     }
-    assert len(re.findall(r"Epoch: \[0\]  \[", said[2])) == 2
-    printed = {n: re.search(r"cardinality_error_unscaled: ([\d.]+)", text).group(1) for n, text in said.items()}
+    assert len(re.findall(r"Epoch: \[0\]  \[", output[2])) == 2
+    printed = {n: re.search(r"cardinality_error_unscaled: ([\d.]+)", text).group(1) for n, text in output.items()}
     assert printed[1] == printed[2]
 
 
@@ -255,8 +255,8 @@ def test_another_number_of_processes_goes_on_and_says_so(trained, tmp_path):
     root, flags = trained
     (tmp_path / "run").mkdir()
     shutil.copy(root / "two" / "checkpoint.pth", tmp_path / "run")
-    said = run_together(f"{flags} --epochs 3 --batch_size 1 --output_dir {tmp_path}/run --resume auto", 1)
-    assert "written by 2 processes, now there are 1" in said
+    output = run_together(f"{flags} --epochs 3 --batch_size 1 --output_dir {tmp_path}/run --resume auto", 1)
+    assert "written by 2 processes, now there are 1" in output
     rows = [json.loads(line) for line in (tmp_path / "run" / "log.txt").read_text().splitlines()]
     assert [row["epoch"] for row in rows] == [2]
 

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tools.cli import printable
 from tools.draw import class_colour, contact_sheet, draw_boxes, draw_masks, draw_panoptic, fit, titled
+from util.text import printable
 
 GREY = Image.new("RGB", (100, 80), (128, 128, 128))
 RED, BLUE = (255, 0, 0), (0, 0, 255)

@@ -182,7 +182,7 @@ def test_a_batch_without_objects_trains():
     assert stats["loss_bbox"] == 0 and stats["loss_ce"] > 0
 
 
-def test_evaluation_judges_every_image_at_its_original_size(coco_root):
+def test_evaluation_scores_every_image_at_its_original_size(coco_root):
     from datasets import build_dataset, get_coco_api_from_dataset
     from util.nested_tensor import collate_fn
 

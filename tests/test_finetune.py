@@ -33,7 +33,7 @@ def test_another_number_of_classes_begins_only_the_class_head_anew():
 
 
 @pytest.mark.parametrize(
-    ("queries", "lines"), [(5, "queries: the first 5 of 8"), (11, "queries: 8 from there, 3 re-initialised")]
+    ("queries", "lines"), [(5, "queries: the first 5 of 8"), (11, "queries: 8 copied, 3 re-initialised")]
 )
 def test_the_first_queries_are_taken(queries, lines):
     origin, model = small("--num_classes 4"), small(f"--num_classes 4 --num_queries {queries}")

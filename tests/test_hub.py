@@ -7,6 +7,10 @@ import pytest
 import torch
 
 import hubconf
+from models import build_model
+from models.detr import PostProcess, PostProcessPanoptic
+from tests.helpers import parse
+from util.flags import NEW_FLAGS
 
 ROOT = Path(__file__).parents[1]
 DETECTORS = ["detr_resnet50", "detr_resnet50_dc5", "detr_resnet101", "detr_resnet101_dc5"]
@@ -157,3 +161,26 @@ def test_numbers_of_classes_below_one_are_refused(name, classes):
 def test_thresholds_that_are_no_score_are_refused(threshold):
     with pytest.raises(ValueError, match=f"threshold={threshold}"):
         hubconf.detr_resnet50_panoptic(threshold=threshold)
+
+
+@pytest.mark.parametrize("flags", ["--dilation --backbone resnet50 --nheads 2", "--masks --hidden_dim 128 --nheads 8"])
+@pytest.mark.parametrize("kind", [dict, argparse.Namespace])  # of this project's checkpoints, of DETR's
+def test_entry_for_any_checkpoint_builds_what_it_describes(flags, kind, tmp_path):
+    args = parse(f"{flags} --num_classes 5 --dataset_file coco_panoptic")
+    model = build_model(args)[0].eval()
+    saved = kind(**{name: value for name, value in vars(args).items() if name not in NEW_FLAGS})
+    torch.save({"model": model.state_dict(), "args": saved}, tmp_path / "any.pth")
+    folder = Path(hubconf.__file__).parent
+    file = str(tmp_path / "any.pth")
+    ours, postprocessor = torch.hub.load(folder, "detr", file, return_postprocessor=True, source="local")
+    images = torch.rand(1, 3, 64, 96)
+    expected, got = model(images), ours.eval()(images)
+    assert torch.equal(expected["pred_logits"], got["pred_logits"]) and ("pred_masks" in got) == args.masks
+    assert isinstance(postprocessor, PostProcessPanoptic if args.masks else PostProcess)
+    assert type(torch.hub.load(folder, "detr", file, source="local")) is type(model)
+
+
+def test_entry_for_any_checkpoint_refuses_one_that_does_not_say_its_architecture(tmp_path):
+    torch.save({"model": build_model(parse())[0].state_dict()}, tmp_path / "bare.pth")
+    with pytest.raises(ValueError, match="bare.pth does not say its architecture"):
+        hubconf.detr(tmp_path / "bare.pth")

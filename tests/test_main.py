@@ -17,6 +17,7 @@ import main
 import run_with_submitit
 from tests.helpers import TINY, loader_of, parse
 from util.interruption import SIGNALS, Interruption
+from util.recipes import parse_args
 from util.run import Run
 
 pytestmark = pytest.mark.slow
@@ -108,7 +109,7 @@ def test_a_run_leaves_log_checkpoints_curves_and_predictions(finished):
     root, _ = finished
     names = {str(p.relative_to(root / "whole")) for p in (root / "whole").rglob("*") if p.is_file()}
     assert names == {
-        ".lock", "checkpoint.pth", "checkpoint0001.pth", "checkpoint_best.pth", "log.txt", "curves.png",
+        ".lock", "checkpoint.pth", "checkpoint0001.pth", "checkpoint_best.pth", "log.txt", "messages.log", "curves.png",
         "predictions_bbox.json", "eval/latest.pth", "eval/000.pth",
     }  # fmt: skip
     rows = log_of(root / "whole")
@@ -302,10 +303,25 @@ def test_resume_auto_starts_anew_where_there_is_nothing(finished, tmp_path):
 def test_evaluating_a_checkpoint_gives_the_ap_it_was_saved_with(finished, tmp_path):
     root, flags = finished
     run(f"{flags} --eval --resume {root}/whole/checkpoint.pth --output_dir {tmp_path} --batch_size 3")
-    assert {p.name for p in tmp_path.iterdir()} == {"eval.pth", "predictions_bbox.json"}
+    assert {p.name for p in tmp_path.iterdir()} == {"eval.pth", "predictions_bbox.json", "messages.log"}
     precision = torch.load(tmp_path / "eval.pth", weights_only=True)["precision"]
     ap = precision[:, :, :, 0, -1]
     assert ap[ap > -1].mean().item() == pytest.approx(log_of(root / "whole")[-1]["test_coco_eval_bbox"][0])
+
+
+def test_evaluating_a_checkpoint_needs_no_flags_of_the_network(finished, caplog):
+    root, flags = finished
+    caplog.set_level("INFO", "detr")
+    data = [word for word in re.findall(r"--coco_path \S+", flags)]
+    command = f"--device cpu --num_workers 0 --eval --resume {root}/whole/checkpoint.pth {data[0]}"
+    parser = argparse.ArgumentParser(parents=[main.get_args_parser()])
+    main.main(parse_args(parser, command.split()))
+    assert "--backbone resnet18" in caplog.text and "--hidden_dim 32" in caplog.text and "--min_size 64" in caplog.text
+    caplog.clear()
+    main.main(parse_args(parser, [*command.split(), "--min_size", "96", "--max_size", "128"]))
+    assert "--min_size" not in next(line for line in caplog.messages if line.startswith(f"from {root}"))
+    with pytest.raises(ValueError, match="does not fit this model"):
+        main.main(parse_args(parser, [*command.split(), "--num_queries", "100"]))  # given, though it is the default
 
 
 def test_convolutions_keep_their_digits_unless_tf32_is_asked_for(finished):
@@ -539,8 +555,9 @@ def test_signals_that_are_ignored_stay_ignored():
     with Interruption() as interruption:
         signal.raise_signal(signal.SIGHUP)
         assert interruption.received == 0
-        signal.raise_signal(signal.SIGUSR1)
-        assert interruption.received == signal.SIGUSR1
+        with pytest.raises(SystemExit), interruption.deferred():
+            signal.raise_signal(signal.SIGUSR1)
+            assert interruption.received == signal.SIGUSR1
     signal.signal(signal.SIGHUP, before)
 
 

@@ -9,7 +9,7 @@ import main
 from models import build_model
 from tests.helpers import parse
 from util.checkpoint import save_checkpoint
-from util.origin import changed_flags, check_class_names
+from util.origin import check_class_names, differences
 
 SAVED = {"class_names": {1: "bolt", 2: "nut", 3: "washer"}}
 
@@ -41,8 +41,8 @@ def test_equal_or_unknown_class_names_pass_in_silence(state, caplog):
 
 
 @pytest.mark.parametrize("saved", [None, [], argparse.Namespace(lr=1, nheads=4), {"lr": 1, "nheads": 4}])
-def test_changed_flags_accepts_whatever_a_file_holds(saved):
-    changed = changed_flags({"lr": 1, "nheads": 8}, {"args": saved}, ["lr", "nheads"])
+def test_differences_accepts_whatever_a_file_holds(saved):
+    changed = differences({"lr": 1, "nheads": 8}, {"args": saved}, ["lr", "nheads"])
     assert changed == ({"nheads": "--nheads 4 -> 8"} if saved else {})
 
 
@@ -59,7 +59,7 @@ def test_weights_of_another_network_are_warned_of(tmp_path, caplog, use, there, 
     args = parse(f"{width} {use} {file}")
     name, state = main.load_resumed(args.resume, "")
     main.build_parts(args, torch.device("cpu"), state, name)
-    assert text in caplog.text and "was trained as another network" in caplog.text
+    assert text in caplog.text and "was trained with flags of another network" in caplog.text
 
 
 @pytest.mark.parametrize("use, refused", [

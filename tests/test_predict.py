@@ -18,9 +18,9 @@ import main as training
 from models import build_model
 from tests.helpers import parse
 from tools import draw_panoptic, predict, show_predictions
-from tools.cli import exit_status
 from tools.predictor import Predictor
 from util.checkpoint import save_checkpoint
+from util.cli import exit_status
 
 pytestmark = pytest.mark.slow
 

@@ -31,7 +31,11 @@ def test_recipe_gives_way_to_flags_of_the_command_line():
 
 def test_command_line_without_a_recipe_has_the_published_defaults():
     read("--recipe demo")
-    assert vars(read("")) == vars(main.get_args_parser().parse_args([]))
+    assert vars(read("")) == {**vars(main.get_args_parser().parse_args([])), "given_flags": []}
+
+
+def test_command_line_names_the_flags_it_gives_even_where_they_are_the_defaults():
+    assert read("--recipe demo --nheads 8 --allow large_images").given_flags == ["nheads", "allow", "recipe"]
 
 
 def test_recipe_that_does_not_exist_is_refused_with_those_that_do(capsys):

@@ -1,4 +1,4 @@
-"""The mask head, its losses, and the two read-outs."""
+"""The mask head, its losses, and the two kinds of post-processing."""
 
 import io
 import warnings

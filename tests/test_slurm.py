@@ -25,8 +25,8 @@ def command(*words):
 
 
 def submit(flags):
-    said = command(sys.executable, "run_with_submitit.py", *flags.split(), "--executor", "slurm", "--nodes", "1")
-    return re.search(r"job (\d+)", said).group(1)
+    output = command(sys.executable, "run_with_submitit.py", *flags.split(), "--executor", "slurm", "--nodes", "1")
+    return re.search(r"job (\d+)", output).group(1)
 
 
 def wait_for(what, job, folder):
@@ -70,12 +70,12 @@ def test_a_preempted_job_comes_back_and_ends_with_the_same_weights(job_flags, tm
 
 def test_tasks_of_a_plain_srun_find_each_other(job_flags, tmp_path):
     words = re.sub("--executor.*--num_workers", "--num_workers", job_flags)
-    said = command("srun", "-n2", "--kill-on-bad-exit=1", sys.executable, "main.py", *words.split(),
+    output = command("srun", "-n2", "--kill-on-bad-exit=1", sys.executable, "main.py", *words.split(),
                    "--epochs", "1", "--output_dir", str(tmp_path / "run"))  # fmt: skip
-    assert "distributed: 2 processes" in said and len(rows_of(tmp_path / "run")) == 1
+    assert "distributed: 2 processes" in output and len(rows_of(tmp_path / "run")) == 1
 
 
 def test_an_interactive_shell_is_a_single_process(job_flags, tmp_path):
     words = re.sub("--executor.*--num_workers", "--num_workers", job_flags)
-    said = command("srun", "-n1", sys.executable, "main.py", *words.split(), "--epochs", "1")
-    assert "distributed:" not in said and "Epoch: [0]" in said
+    output = command("srun", "-n1", sys.executable, "main.py", *words.split(), "--epochs", "1")
+    assert "distributed:" not in output and "Epoch: [0]" in output

@@ -10,7 +10,8 @@ import torch
 import util.misc as utils
 from util import plot_utils
 from util.dist import init_distributed_mode, pick_device, process_info_from_environment, reduce_dict
-from util.logger import MetricLogger, SmoothedValue, configure_logging, finite_or_null, logger
+from util.logger import configure_logging, finite_or_null, logger
+from util.meters import MetricLogger, SmoothedValue
 
 
 def test_smoothed_value_has_statistics_of_its_window_and_of_all():

@@ -16,7 +16,7 @@ from main import build_run, distribute
 from models import build_model
 from tests.helpers import loader_of, parse
 from util.dist import all_gather, get_rank, get_world_size, process_group
-from util.logger import merge_sums
+from util.meters import merge_sums
 from util.nested_tensor import collate_fn
 
 

@@ -42,7 +42,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("what", nargs="+", choices=(*CALLS, *DATA))
-    add("--models", nargs="+", default=["resnet50"], help="ResNets; with -dc5 dilated")
+    add("--models", nargs="+", default=["resnet50"], help="ResNets; the suffix -dc5 means dilation")
     add("--batch", nargs="+", type=int, default=[1, 2], help="images in a batch")
     add("--size", nargs="+", type=lambda text: [int(side) for side in text.split("x")], default=[[800, 1066]],
         metavar="HxW", help="sizes of the images, taken in turn in a batch")
@@ -155,7 +155,7 @@ CALLS = {"forward": forward, "train": train, "criterion": criterion}
 
 def noise(setting: dict):
     """Make a NestedTensor of images of random, normalised values."""
-    from util.misc import nested_tensor_from_tensor_list  # the address that every tree has
+    from util.misc import nested_tensor_from_tensor_list  # the import path that every tree has
 
     sizes = itertools.islice(itertools.cycle(setting["size"]), setting["batch"])
     return nested_tensor_from_tensor_list([torch.randn(3, *size) for size in sizes]).to(setting["device"])
@@ -177,7 +177,7 @@ def autocast(setting: dict) -> torch.autocast:
 
 
 def prepare(side: type, what: str, setting: dict) -> Callable[[], float]:
-    """Build a side's model and warm its call up; return a function that measures the seconds of a call."""
+    """Build a side's model and run its call once; return a function that measures the seconds of a call."""
     torch.manual_seed(0)
     one = side(setting)
     if setting["compiled"]:
@@ -317,7 +317,7 @@ def dataset(part: str, options):
     from main import get_args_parser as flags
 
     if not Path(options.coco_path or "", "annotations").is_dir():
-        raise SystemExit(f"this reads images in COCO's layout, and --coco_path is {options.coco_path}")
+        raise SystemExit(f"--coco_path {options.coco_path}: give a folder of images and annotations in COCO's layout")
     return build_dataset(part, flags().parse_args(["--coco_path", options.coco_path]))
 
 

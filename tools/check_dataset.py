@@ -6,7 +6,7 @@ python tools/check_dataset.py --coco_path /data/mine --coco_panoptic_path /data/
 
 Segmentations are checked as --masks needs them, where there are any; --boxes_only leaves them out.
 
-Exit status: 0, training would start; 1, it would not, or would stop on the way; 2, wrong use of this tool.
+Exit status: 0, training would start; 1, it would not, or would stop on the way; 2, wrong flags or missing files.
 """
 
 import argparse
@@ -20,9 +20,10 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from datasets.coco import ALLOWED
 from datasets.images import allow_large_images, read_image
-from tools.cli import exit_status, printable
 from tools.dataset_report import Options, Part, Report, inspect_part
 from tools.draw import class_colour, class_name, contact_sheet, draw_boxes, fit, titled, to_pil
+from util.cli import exit_status
+from util.text import printable
 
 RED = (255, 0, 0)
 
@@ -164,7 +165,7 @@ def main(argv: list[str] | None = None) -> int:
         sheet.save(args.output)
         print(f"\nwritten: {printable(args.output)}")
     fatal = any(report.fatal for report in reports)
-    print("\ntraining would not get through: see FATAL above" if fatal else "\ntraining would start")
+    print("\ntraining would fail: see FATAL above" if fatal else "\ntraining would start")
     return 1 if fatal else 0
 
 

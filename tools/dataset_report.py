@@ -1,4 +1,4 @@
-"""What is known of one part of a dataset, and its problems."""
+"""A report on one part of a dataset: statistics and problems."""
 
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -20,7 +20,7 @@ from tools.draw import class_name
 
 ROTATION = 0x0112  # EXIF's tag for the orientation of the camera
 UNKNOWN_SIZE = 10**6  # in place of an unknown image side, so that no box reaches outside
-IN_TRAINING = {  # what training does about problems that hotcoco finds
+IN_TRAINING = {  # what training does with the problems that hotcoco finds
     "degenerate_bbox": "training drops them",
     "bbox_out_of_bounds": "training clamps them, and drops those wholly outside",
     "near_duplicate": "two queries must then learn one object",
@@ -51,7 +51,7 @@ class Options:
 
 @dataclass
 class Report:
-    """What is known of one part of a dataset, and its problems."""
+    """Statistics and problems of one part of a dataset."""
 
     part: str
     images: Path

@@ -1,7 +1,7 @@
 """Draw boxes, masks, panoptic segments and captions on images, and lay images out on a sheet.
 
-Masks are drawn by torchvision. Its boxes have no dashed lines, and its captions neither grow with the image nor keep
-clear of each other, so boxes and captions are drawn here.
+Masks are drawn by torchvision. Its boxes have no dashed lines, and its captions do not grow with the image and may
+overlap, so boxes and captions are drawn here.
 """
 
 import colorsys
@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from torchvision.utils import draw_segmentation_masks
 
-from tools.cli import printable
+from util.text import printable
 
 Colour = tuple[int, int, int]
 GAP = 8  # pixels between the images of a sheet

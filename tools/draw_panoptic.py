@@ -13,8 +13,9 @@ from datasets.coco_index import read_json
 from datasets.files import inside
 from datasets.images import read_image
 from datasets.masks import read_segment_ids
-from tools.cli import exit_status, printable
 from tools.draw import contact_sheet, draw_panoptic, titled, to_pil
+from util.cli import exit_status
+from util.text import printable
 
 
 def get_args_parser() -> argparse.ArgumentParser:

@@ -20,9 +20,10 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from datasets.coco_index import read_coco_index
 from datasets.images import allow_large_images, read_upright
-from tools.cli import exit_status, printable
 from tools.predictor import HUB_NAMES, Detections, Predictor, as_tensor
 from tools.results import OutputFolder, summary
+from util.cli import exit_status
+from util.text import printable
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif"}
 
@@ -106,7 +107,7 @@ def image_ids(paths: Sequence[Path], annotations: str | None, relative: Sequence
     """Number the images: by the annotation file, else by their names if these are different numbers, else from 1.
 
     An image is looked up by its path relative to the given folder, then by the listed names that its path ends in.
-    Raises ValueError for images that are not listed, listed more than once, or the same for the annotation file.
+    Raises ValueError for images that are not listed, that match several listed names, or that match the same one.
     """
     if annotations:
         return _listed_ids(paths, read_image_list(annotations)[0], relative or [""] * len(paths), annotations)
@@ -139,7 +140,7 @@ def _listed_ids(paths: Sequence[Path], listed: dict[str, int], relative: Sequenc
 
 
 class Pictures(Dataset):
-    """Image files; an item is (path, image id, uint8 RGB [3, H, W] or the sentence that says why it is unreadable)."""
+    """Image files; an item is (path, image id, uint8 RGB [3, H, W] or an error message)."""
 
     def __init__(self, paths: Sequence[Path], ids: Sequence[int], upright: bool, large: bool = False):
         self.paths, self.ids, self.upright, self.large = paths, ids, upright, large
@@ -150,7 +151,7 @@ class Pictures(Dataset):
     def __getitem__(self, i: int) -> tuple[Path, int, Tensor | str]:
         path = self.paths[i]
         if self.large:
-            allow_large_images()  # here, because this may be a process of its own
+            allow_large_images()  # here, because this may be a worker process
         try:
             image = as_tensor(read_upright(path) if self.upright else path)
         except (ValueError, OSError, MemoryError) as error:  # the other images must not be lost
@@ -159,7 +160,7 @@ class Pictures(Dataset):
 
 
 def predict_each(predictor: Predictor, images: list[Tensor], threshold: float | None) -> list[Detections | str]:
-    """Predict a batch; if that fails, image by image, with the error's text for each that fails alone."""
+    """Predict a batch; if that fails, predict image by image, and return an error message for those that fail."""
     try:
         found = predictor.predict_batch(images, threshold)
         return [each if each.is_finite() else "no prediction: the model's numbers are not finite" for each in found]
@@ -170,7 +171,7 @@ def predict_each(predictor: Predictor, images: list[Tensor], threshold: float | 
 
 
 def predict_files(predictor: Predictor, loader: DataLoader, threshold: float | None) -> Iterator[tuple]:
-    """Yield (path, image id, Detections) for every image, or the sentence that says why there are none."""
+    """Yield (path, image id, Detections or an error message) for every image."""
     for batch in loader:
         results = iter(predict_each(predictor, [i for *_, i in batch if isinstance(i, Tensor)], threshold))
         for path, image_id, image in batch:

@@ -5,7 +5,6 @@ predictor = Predictor.from_checkpoint("runs/shapes/checkpoint_best.pth")
 predictor("photo.jpg").draw().save("found.png")
 """
 
-import argparse
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,18 +21,19 @@ from datasets.coco_names import COCO_NAMES
 from datasets.images import read_image, to_rgb
 from datasets.masks import read_segment_ids
 from datasets.transforms import resize
-from main import get_args_parser
-from models import build_model
 from models.detr import PostProcess
 from models.segmentation import PostProcessSegm
+from models.weights import build_described
 from tools.draw import class_colour, class_name, draw_boxes, draw_masks, draw_panoptic, fit, to_pil
-from util.checkpoint import count_classes, load_checkpoint, load_model
+from util.checkpoint import count_classes, load_checkpoint
 from util.dist import pick_device
+from util.flags import NEW_FLAGS, with_defaults
+from util.origin import saved_flags
 
 AMP_TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 HUB_NAMES = [name for name in vars(hubconf) if name.startswith("detr_")]
 COCO_CLASSES = (91, 250)  # classes of the published models: of things, and of things and stuff
-SMALL = 480  # smaller images are enlarged to so many pixels before they are drawn on
+SMALL = 480  # pixels; smaller images are enlarged to this size before drawing
 ImageLike = str | Path | Image.Image | Tensor | np.ndarray
 
 
@@ -126,19 +126,14 @@ class Predictor:
         Raises FileNotFoundError, or ValueError for a file that cannot be read or does not name its architecture.
         """
         name, state = str(path_or_url), load_checkpoint(path_or_url)
-        if not state.get("args"):
+        if not saved_flags(state):
             raise ValueError(
                 f"{name} does not say its architecture (no 'args' in it): name it, one of {', '.join(HUB_NAMES)} "
                 "(--model, or Predictor.from_hub)"
             )
-        saved = state["args"] if isinstance(state["args"], dict) else vars(state["args"])
-        defaults = vars(argparse.ArgumentParser(parents=[get_args_parser()]).parse_args([]))
-        classes = _class_count(state, name)
-        fixed = {"backbone_weights": "none", "device": "cpu", "num_classes": classes}
-        args = argparse.Namespace(**{**defaults, **saved, **fixed})
-        model, _, postprocessors = build_model(args)
-        load_model(model, state, name)
-        names = class_names or state.get("class_names") or _default_names(classes)
+        model, postprocessors, args = build_described(state, name)
+        names = class_names or state.get("class_names") or _default_names(args.num_classes)
+        args = with_defaults(args, NEW_FLAGS)
         return cls(model, postprocessors, names, args.min_size, args.max_size, device)
 
     @classmethod
@@ -157,7 +152,7 @@ class Predictor:
         return cls(model, postprocessors, class_names or _default_names(classes), device=device)
 
     def compile(self, sizes: str = "any") -> None:
-        """Compile the network, which pays off from some dozens of images on.
+        """Compile the network, which pays off for more than a few dozen images.
 
         `sizes` is "any" for one graph for images of all sizes, or "fixed" for one graph per size (a CUDA graph on a
         GPU), for images and batches of few different sizes.
@@ -170,8 +165,8 @@ class Predictor:
     def __call__(self, image: ImageLike, threshold: float | None = None) -> Detections:
         """Detect the objects of one image: a path, a PIL image, uint8 [3, H, W] or a uint8 array [H, W, 3].
 
-        Objects with a score of at least `threshold` (default 0.5) are returned; segments of a panoptic map have a
-        higher score than it (default 0.85).
+        Objects with a score of at least `threshold` (default 0.5) are returned, and panoptic segments
+        with a score above `threshold` (default 0.85).
         """
         return self.predict_batch([image], threshold)[0]
 
@@ -243,7 +238,7 @@ def _class_count(state: dict, name: str) -> int:
     """Return the number of classes of a checkpoint's class head; ValueError if it has none."""
     classes = count_classes(state["model"])
     if classes is None:
-        raise ValueError(f"{name}: no class head 'class_embed' in it; it is of another architecture than DETR")
+        raise ValueError(f"{name}: no class head 'class_embed' in it; its architecture is not DETR")
     return classes
 
 

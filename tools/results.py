@@ -12,9 +12,9 @@ from PIL import Image
 
 from datasets.json_file import write_json
 from datasets.masks import encode_masks
-from tools.cli import printable
 from tools.draw import fit
 from tools.predictor import Detections
+from util.text import printable
 
 THUMBNAIL = 360  # pixels of an image's longer side on the page
 
@@ -80,7 +80,7 @@ class OutputFolder:
         self.figures, self.records, self.panoptic, self.used = [], [], [], set()
 
     def stem(self, name: str) -> str:
-        """Make a name for an image's output files: plain characters, and unlike all others made here."""
+        """Make a name for an image's output files: plain characters, and different from all earlier ones."""
         plain = re.sub(r"[^\w.-]", "_", Path(name).stem, flags=re.ASCII).lstrip(".")[:100] or "image"
         stem, number = plain, 1
         while stem.lower() in self.used:

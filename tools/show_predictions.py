@@ -20,10 +20,11 @@ from datasets.coco_index import CocoIndex, read_coco_index, read_json
 from datasets.files import inside
 from datasets.images import read_image
 from datasets.json_file import is_whole
-from tools.cli import exit_status, printable
 from tools.draw import class_colour, class_name, contact_sheet, draw_boxes, fit, titled, to_pil
 from util.checkpoint import load_checkpoint
+from util.cli import exit_status
 from util.logger import logger
+from util.text import printable
 
 
 def get_args_parser() -> argparse.ArgumentParser:

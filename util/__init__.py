@@ -1,1 +1,1 @@
-"""What models, datasets and the engine share: boxes, batches, processes, logs, checkpoints, plots."""
+"""Shared by models, datasets and the engine: boxes, batches, processes, logs, checkpoints, plots."""

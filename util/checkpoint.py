@@ -1,4 +1,4 @@
-"""Checkpoint files: written atomically, read without running anything that is in them."""
+"""Checkpoint files: written atomically, and read without running code from them."""
 
 import os
 from numbers import Integral
@@ -22,8 +22,8 @@ BEST = "checkpoint_best.pth"
 def save_checkpoint(state: dict, *paths: str | Path) -> None:
     """Write a state to one or more files, each of which holds the old state or the new one at any moment.
 
-    The bytes go to a draft (`util.drafts`) in the same folder, are flushed to the disk, and renamed. Raises OSError,
-    naming the file, where that fails.
+    The bytes go to a temporary file (`util.drafts`) in the same folder, which is flushed to the disk and renamed.
+    Raises OSError, naming the file, where that fails.
     """
     for path in map(Path, paths):
         draft = draft_of(path)
@@ -44,7 +44,7 @@ def save_checkpoint(state: dict, *paths: str | Path) -> None:
 
 
 def load_checkpoint(path_or_url: str | Path) -> dict[str, Any]:
-    """Read a checkpoint onto the CPU as a dict with `model`, its state dict. Nothing in the file runs (`safe_load`).
+    """Read a checkpoint onto the CPU as a dict with `model`, its state dict. No code in the file runs (`safe_load`).
 
     A URL is downloaded once and cached. Accepted too are a bare state dict, the entry `state_dict`, and names with the
     prefixes of DistributedDataParallel and torch.compile. Raises FileNotFoundError; ValueError naming a file that is
@@ -130,7 +130,7 @@ def count_classes(model_state: dict) -> int | None:
 
 
 def position(state: dict) -> tuple[int, int]:
-    """Return how far a checkpoint's training was: the epoch under way, and the images of it that were trained on."""
+    """Return a checkpoint's position in training: the current epoch, and how many of its images were trained on."""
     epoch, seen = state.get("epoch"), state.get("seen")
     return (int(epoch) + 1 if isinstance(epoch, Integral) else 0), (int(seen) if isinstance(seen, Integral) else 0)
 

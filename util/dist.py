@@ -35,7 +35,7 @@ class ProcessInfo:
 def process_info_from_environment() -> ProcessInfo:
     """Read the launcher's variables: torchrun's, or Slurm's when it started more than one task.
 
-    A lone SLURM_PROCID (an interactive shell on a cluster) is a single process like any other.
+    SLURM_PROCID alone (an interactive shell on a cluster) means a single process.
     """
     env = os.environ
     if "RANK" in env and "WORLD_SIZE" in env:

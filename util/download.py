@@ -69,7 +69,7 @@ def _signals_raise() -> Iterator[None]:
         raise SystemExit(128 + number)
 
     fatal = []
-    if threading.current_thread() is threading.main_thread():  # Python sets handlers nowhere else
+    if threading.current_thread() is threading.main_thread():  # Python allows it in no other thread
         fatal = [number for number in SIGNALS if signal.getsignal(number) == signal.SIG_DFL]
     for number in fatal:
         signal.signal(number, leave)

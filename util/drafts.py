@@ -1,4 +1,4 @@
-"""Drafts: files under construction, `.NAME.PID.RANDOM@HOST.draft` beside the file that they become."""
+"""Drafts: temporary files, named `.NAME.PID.RANDOM@HOST.draft`, that are renamed to the final name when complete."""
 
 import os
 import re
@@ -34,6 +34,6 @@ def _is_alive(process: int) -> bool:
         os.kill(process, 0)
     except ProcessLookupError:
         return False
-    except OSError:  # somebody else's
+    except OSError:  # the process of another user
         return True
     return True

@@ -12,9 +12,10 @@ SHOWN = 4  # names listed of entries that do not fit
 def finetune(model: nn.Module, given: dict[str, Tensor], name: str) -> list[str]:
     """Copy the entries of a state dict that fit into `model`; return log lines about what was and was not copied.
 
-    A class head of another number of classes stays as initialised. Of more queries the first are taken; fewer fill the
-    first, the others stay as initialised. A mask model takes the weights of a box model, and the reverse. `name` says
-    where the weights are from. Raises ValueError if the backbone differs, or if weights are not finite.
+    A class head with another number of classes stays as initialised. If the numbers of queries differ, as many as both
+    have are copied, and any others stay as initialised. A mask model takes the weights of a box model, and the reverse.
+    `name` is the file of the weights, for messages. Raises ValueError if the backbone differs, or if weights are not
+    finite.
     """
     if broken := not_finite(given):
         raise ValueError(f"{name}: {len(broken)} entries hold NaN or infinite values, {broken[0]} among them")
@@ -53,7 +54,7 @@ def _copy_queries(mine: Tensor, theirs: Tensor) -> str:
     mine[:count] = theirs[:count]
     if count == len(mine):
         return f"queries: the first {count} of {len(theirs)}"
-    return f"queries: {count} from there, {len(mine) - count} re-initialised"
+    return f"queries: {count} copied, {len(mine) - count} re-initialised"
 
 
 def _renamed(given: dict[str, Tensor], own: dict[str, Tensor]) -> dict[str, Tensor]:

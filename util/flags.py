@@ -1,9 +1,34 @@
-"""Flags: those that a caller's `args` may lack, and values that no flag takes."""
+"""Flags: defaults of those that a caller's `args` may lack, and a check of values. Nothing here imports PyTorch."""
 
 import argparse
 import math
 from collections.abc import Mapping
 from typing import Any
+
+# The flags of models and data that DETR did not have. A caller whose `args` lacks one gets its default.
+NEW_FLAGS = {
+    "backbone_weights": "imagenet",
+    "backbone_norm": "frozen",
+    "denoising_groups": 0,
+    "denoising_box_noise": 0.4,
+    "denoising_label_noise": 0.2,
+    "num_classes": None,
+    "thing_classes": None,
+    "min_size": 800,
+    "max_size": 1333,
+    "augment": "full",
+    "image_dtype": "float32",
+    "train_images": None,
+    "train_annotations": None,
+    "val_images": None,
+    "val_annotations": None,
+    "allow": (),
+    "shapes_train": 4000,
+    "shapes_val": 250,
+    "shapes_size": 192,
+    "shapes_classes": 4,
+    "shapes_seed": 0,
+}
 
 
 def with_defaults(args: Any, defaults: Mapping[str, Any]) -> argparse.Namespace:
@@ -24,3 +49,9 @@ def check_numbers(flags: Mapping[str, Any], at_least: Mapping[str, float]) -> No
             raise ValueError(f"--{name} {value}: give a finite number")
         if value is not None and name in at_least and value < at_least[name]:
             raise ValueError(f"--{name} {value}: give {at_least[name]} or more")
+
+
+def changed_flags(args: argparse.Namespace, parser: argparse.ArgumentParser) -> dict[str, Any]:
+    """Return the flags of a parser that have other values in `args` than their defaults."""
+    defaults = vars(parser.parse_args([]))
+    return {name: value for name, value in vars(args).items() if name in defaults and value != defaults[name]}

@@ -5,6 +5,8 @@ import multiprocessing
 import os
 import signal
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from types import FrameType
 
@@ -19,26 +21,44 @@ SIGNALS = [getattr(signal, name) for name in NAMES if hasattr(signal, name)]
 
 
 class Interruption:
-    """While entered, record the first signal of SIGNALS instead of dying; a second Ctrl-C interrupts at once.
+    """While entered, a signal of SIGNALS ends the process by SystemExit; a second Ctrl-C interrupts at once.
 
-    Signals that the process ignores (SIGHUP under nohup) stay ignored.
+    During `deferred`, the first signal is only recorded, so that a step can end and be saved. Signals that the process
+    ignores (SIGHUP under nohup) stay ignored.
     """
 
     def __init__(self):
         self.received = 0
+        self.is_deferred = False
         self.previous: dict[int, object] = {}
         self.process = os.getpid()
 
     def __enter__(self) -> "Interruption":
-        if threading.current_thread() is threading.main_thread():  # Python allows it nowhere else
-            heeded = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
-            self.previous = {number: signal.signal(number, self._record) for number in heeded}
+        if threading.current_thread() is threading.main_thread():  # Python allows it in no other thread
+            handled = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
+            self.previous = {number: signal.signal(number, self._record) for number in handled}
         return self
 
     def __exit__(self, *_) -> None:
         for number, handler in self.previous.items():
             signal.signal(number, handler)
         self.previous = {}
+
+    @contextmanager
+    def deferred(self) -> Iterator[None]:
+        """Record signals until the end of this context, and end the process then if `requested` was not asked."""
+        self._leave_if_received()  # Python may have ignored the SystemExit of an earlier signal, as it does in __del__
+        with nullcontext() if self.previous else self:
+            self.is_deferred = True
+            try:
+                yield
+            finally:
+                self.is_deferred = False
+            self._leave_if_received()
+
+    def _leave_if_received(self) -> None:
+        if self.received:
+            self.leave(self.received)
 
     def _record(self, number: int, _: FrameType | None) -> None:
         if os.getpid() != self.process:  # a child of this process, before it has its own handlers
@@ -47,11 +67,14 @@ class Interruption:
             raise KeyboardInterrupt
         self.received = number
         if is_main_process():
-            text = f"{signal.Signals(number).name}: finishing this step, then saving and exiting\n"
+            plan = "finishing this step, then saving and exiting" if self.is_deferred else "exiting"
+            text = f"{signal.Signals(number).name}: {plan}\n"
             try:
                 os.write(2, text.encode())  # not print: the signal may have arrived in the middle of one
             except OSError:  # the terminal is gone
                 pass
+        if not self.is_deferred:
+            self.leave(number)
 
     def requested(self) -> int:
         """Return the signal that any process of the run has received, or 0. Every process must call it."""

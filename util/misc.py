@@ -1,4 +1,4 @@
-"""The reference's address of the utilities, for code written against DETR; nothing inside the project imports it."""
+"""The reference's import path of the utilities, for code written against DETR; models and datasets do not use it."""
 
 from torch import Tensor
 from torch.nn.functional import interpolate
@@ -13,7 +13,8 @@ from util.dist import (
     reduce_dict,
     save_on_master,
 )
-from util.logger import MetricLogger, SmoothedValue, configure_logging, set_verbose
+from util.logger import configure_logging, set_verbose
+from util.meters import MetricLogger, SmoothedValue
 from util.metrics import accuracy
 from util.nested_tensor import NestedTensor, collate_fn, nested_tensor_from_tensor_list
 from util.project import get_sha

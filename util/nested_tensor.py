@@ -64,7 +64,7 @@ def nested_tensor_from_tensor_list(tensor_list: list[Tensor]) -> NestedTensor:
             )
         height, width = max(height, image.shape[1]), max(width, image.shape[2])
     size, device = [len(tensor_list), first.shape[0], height, width], first.device
-    # Channels last, as in decoded images and as convolutions want them: whole rows are copied.
+    # Channels last is the layout of decoded images, so whole rows are copied, and the one that convolutions need.
     padded = torch.empty(size, dtype=first.dtype, device=device, memory_format=torch.channels_last).zero_()
     mask = torch.ones([size[0], height, width], dtype=torch.bool, device=device)
     for i, image in enumerate(tensor_list):

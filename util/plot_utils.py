@@ -13,11 +13,11 @@ from torch import Tensor
 from util.safe_load import load_file
 
 COCO_NUMBERS = "test_coco_eval_bbox"
-CURVES = ("precision", "scores", "recall_thresholds")  # what a file of `eval/` is drawn from
+CURVES = ("precision", "scores", "recall_thresholds")  # entries of a file of `eval/` that are drawn
 
 
 def read_log(folder: str | Path, log_name: str = "log.txt") -> list[dict]:
-    """Read a run's log, one dict for each epoch. Other lines (notes, or cut short by a kill) are left out."""
+    """Read a run's log, one dict for each epoch. Other lines (notes, rows cut short by a kill) are skipped."""
     path = Path(folder) / log_name
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such log")

@@ -42,8 +42,14 @@ RECIPES: dict[str, dict[str, Any]] = {"demo": DEMO}
 
 
 def parse_args(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Read a command line; flags that it does not give have the values of its --recipe, or else their defaults."""
-    recipe = parser.parse_known_args(argv)[0].recipe
-    if recipe:
-        parser.set_defaults(**RECIPES[recipe])
-    return parser.parse_args(argv)
+    """Read a command line; flags that it does not give have the values of its --recipe, or else their defaults.
+
+    `given_flags` of the result lists the names of those that it does give.
+    """
+    unset: list = []  # in place of every default, to see which flags are given
+    marked = parser.parse_args(argv, argparse.Namespace(**{action.dest: unset for action in parser._actions}))
+    if marked.recipe is not unset:
+        parser.set_defaults(**RECIPES[marked.recipe])
+    args = parser.parse_args(argv)
+    args.given_flags = [name for name, value in vars(marked).items() if value is not unset]
+    return args

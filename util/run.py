@@ -2,6 +2,7 @@
 
 import math
 import platform
+import time
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -16,10 +17,12 @@ from torch.utils.data import DataLoader
 
 from util.checkpoint import BEST, not_finite, position, save_checkpoint
 from util.dist import all_gather, from_main, get_rank, get_world_size, is_main_process
+from util.epoch_row import build_row, epoch_score, table_line
 from util.interruption import Interruption
-from util.logger import MetricLogger, logger, merge_sums
+from util.logger import logger
+from util.meters import MetricLogger, merge_sums
 from util.optim import build_lr_scheduler, build_optimizer, moving_average, restore_optimizer
-from util.origin import changed_flags
+from util.origin import differences
 from util.output_dir import append_row, truncate_log
 from util.random_state import random_state, restore_random_state
 from util.safe_load import first_line
@@ -27,7 +30,7 @@ from util.safe_load import first_line
 
 @dataclass
 class Run:
-    """Everything a checkpoint restores. The position in training is (`epoch`, `seen`), and nothing else.
+    """Everything a checkpoint restores. The position in training is given by `epoch` and `seen` alone.
 
     Without an `output_dir`, nothing is written.
     """
@@ -47,7 +50,7 @@ class Run:
     images_per_step: int = 1  # of all processes together
     ema: AveragedModel | None = None  # a moving average of the weights, which is evaluated in their place
     training_only: nn.Module | None = None  # parameters beside the model
-    epoch: int = 0  # the one under way, from 0
+    epoch: int = 0  # the current one, from 0
     seen: int = 0  # images of it that all processes together have trained on
     best: float = -1.0  # AP (or PQ) of the best epoch
     sums: dict = field(default_factory=dict)  # of the epoch's metrics up to `seen`, on this process
@@ -65,13 +68,19 @@ class Run:
         batches.set_epoch(self.epoch, self.seen)
         self._images, self._images_per_batch = batches.length, batches.images_per_step
         self._batches_left, self._first = len(batches), self.seen
-        with self.interruption:
+        self._begin = time.perf_counter()
+        with self.interruption.deferred():
             try:
                 yield
                 self._leave_if_asked(saved=True)
             except Exception:
-                self._save_after_error()  # a launcher may ask this process to stop already
+                self._save_after_error()  # signals are still deferred: a launcher may be stopping this process
                 raise
+
+    @property
+    def epochs_left(self) -> int:
+        """Epochs after this one."""
+        return self.flags["epochs"] - 1 - self.epoch
 
     @property
     def evaluated_model(self) -> nn.Module:
@@ -81,10 +90,10 @@ class Run:
     @property
     def batches_done(self) -> int:
         """Batches of the epoch that this process has trained on."""
-        return _ceil_div(self.seen, self._images_per_batch)  # rounded up only after a change of the batch size
+        return math.ceil(self.seen / self._images_per_batch)  # rounded up only after a change of the batch size
 
     def after_step(self, batches: int, metrics: MetricLogger) -> None:
-        """Advance the position by a step of so many batches; save where that is due, and exit if a signal came."""
+        """Advance the position by a step of so many batches; save if that is due, and exit if a signal was received."""
         self._batches_left -= batches
         at_end = self._batches_left == 0
         self.seen = self._images if at_end else self.seen + batches * self._images_per_batch
@@ -106,9 +115,7 @@ class Run:
         if not self.steps_per_epoch:
             self._step_schedule()
         self.epoch, self.seen, self.sums, self.random = epoch + 1, 0, {}, random_state()
-        row = {f"train_{name}": value for name, value in train_stats.items()}
-        row |= {f"test_{name}": value for name, value in test_stats.items()}
-        row |= {"epoch": epoch, "n_parameters": self.trainable_parameters()}
+        row = build_row(epoch, train_stats, test_stats, self.trainable_parameters())
         names = []
         if self.epoch % self.lr_drop == 0 or self.epoch % 100 == 0:
             names.append(f"checkpoint{epoch:04}.pth")
@@ -120,9 +127,10 @@ class Run:
             append_row(self.output_dir / "log.txt", row)
             self._draw_curves()
         self.save(*names, "checkpoint.pth")  # last: with it, the epoch counts as done
+        logger.info(table_line(row, time.perf_counter() - self._begin, self.best))
 
     def trainable_parameters(self) -> int:
-        """Count the numbers that training changes."""
+        """Return the number of trainable parameters."""
         return sum(p.numel() for p in self.model.parameters() if p.requires_grad)
 
     def save(self, *names: str) -> None:
@@ -161,7 +169,7 @@ class Run:
     def _restore_state(self, state: dict, name: str) -> None:
         """Load all that a checkpoint holds besides the model."""
         restore_optimizer(self.optimizer, state["optimizer"], name)
-        steps = self.epoch * self.steps_per_epoch + _ceil_div(self.seen, self.images_per_step)
+        steps = self.epoch * self.steps_per_epoch + math.ceil(self.seen / self.images_per_step)
         for _ in range(steps if self.steps_per_epoch else self.epoch):
             self._step_schedule()
         if self.ema and "ema" in state:  # the checkpoint's `model`, loaded into both, is the average
@@ -174,10 +182,11 @@ class Run:
         self.best = state.get("best", -1.0)
         if not isinstance(self.best, Real):
             raise TypeError(f"'best' is {self.best!r}")
-        changed = changed_flags(self.flags, state, self.flags.keys() - {"resume", "output_dir", "overwrite"})
+        changed = differences(self.flags, state, self.flags.keys() - {"resume", "output_dir", "overwrite"})
         if changed:
             logger.info(f"flags changed since the checkpoint take effect: {', '.join(changed.values())}")
         self._restore_processes(state.get("processes", []), name)
+        logger.info(f"continuing at epoch {self.epoch}, step {math.ceil(self.seen / self.images_per_step)}")
 
     def _restore_processes(self, processes: list[dict], name: str) -> None:
         if len(processes) == get_world_size():
@@ -191,7 +200,7 @@ class Run:
             self.sums = merge_sums([process["sums"] for process in processes]) if is_main_process() else {}
 
     def _step_schedule(self) -> None:
-        with warnings.catch_warnings():  # PyTorch misses the optimizer's steps when they were made before a resume
+        with warnings.catch_warnings():  # PyTorch does not know of steps made before a resume
             warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")
             self.lr_scheduler.step()
 
@@ -200,7 +209,7 @@ class Run:
             from util.plot_utils import draw_curves  # here: matplotlib's import takes half a second
 
             draw_curves(self.output_dir)
-        except Exception as error:  # a picture is no reason to end a training
+        except Exception as error:  # a picture must not end a training
             logger.warning(f"{self.output_dir}/curves.png could not be drawn: {error}")
 
     def _leave_if_asked(self, saved: bool = False) -> None:
@@ -210,8 +219,8 @@ class Run:
         if not saved and self.seen > self._first:
             self.save("checkpoint.pth")
         where = f"after {self.seen} of {self._images} images of epoch {self.epoch}"
-        file = f"{self.output_dir}/checkpoint.pth"
-        what = f"saved {file}; continue with --resume auto" if self.output_dir else "no --output_dir, nothing saved"
+        file = f"saved {self.output_dir}/checkpoint.pth; continue with --resume auto"
+        what = file if self.output_dir else "no --output_dir, nothing saved"
         logger.info(f"stopped by a signal {where}: {what}")
         self.interruption.leave(signal)
 
@@ -261,6 +270,7 @@ def build_run(
     train_loader: DataLoader,
     class_names: dict[int, str],
     training_only: nn.Module | None = None,
+    interruption: Interruption | None = None,
 ) -> Run:
     """Build the state of a training run at its beginning."""
     every_step = args.lr_schedule != "step" or args.warmup_steps > 0
@@ -274,7 +284,7 @@ def build_run(
         optimizer,
         build_lr_scheduler(args, optimizer, steps_per_epoch),
         torch.amp.GradScaler(next(model.parameters()).device.type, enabled=args.amp == "fp16"),
-        vars(args),
+        {name: value for name, value in vars(args).items() if name != "given_flags"},
         class_names,
         output_dir=Path(args.output_dir) if args.output_dir else None,
         accum_steps=args.accum_steps,
@@ -286,15 +296,5 @@ def build_run(
         ema=ema,
         training_only=training_only,
         epoch=args.start_epoch,
+        interruption=interruption or Interruption(),
     )
-
-
-def epoch_score(row: dict) -> float:
-    """Return the number by which epochs are compared: PQ if there is one, else AP of masks, else of boxes, else -1."""
-    if "test_PQ_all" in row:
-        return row["test_PQ_all"]["pq"]
-    return row.get("test_coco_eval_masks", row.get("test_coco_eval_bbox", [-1.0]))[0]
-
-
-def _ceil_div(a: int, b: int) -> int:
-    return -(-a // b)

@@ -1,4 +1,4 @@
-"""Reading what torch.save wrote: checksums are verified, and nothing that is in a file runs."""
+"""Read files of torch.save: checksums are verified, and no code in a file runs."""
 
 import argparse
 import errno
@@ -19,7 +19,7 @@ NOT_CHECKPOINTS = {
 
 
 class _Dtype:
-    """Stands for numpy.dtype in a file: plain numbers only, whatever else the file says about the type."""
+    """Replaces numpy.dtype while a file is read: plain number types only; other properties of the type are ignored."""
 
     def __init__(self, code: str, *_):
         self.dtype = np.dtype(code)
@@ -32,7 +32,7 @@ class _Dtype:
 
 
 class _Array(np.ndarray):
-    """Stands for numpy.ndarray in a file."""
+    """Replaces numpy.ndarray while a file is read."""
 
     def __setstate__(self, state: tuple) -> None:
         version, shape, kind, fortran, data = state
@@ -48,7 +48,7 @@ def _scalar(kind: _Dtype, data: bytes) -> float | int | bool:
 
 
 # Besides tensors and plain Python, checkpoints hold flags, among them paths of any system and Python version, and
-# numbers of numpy. What stands for a name in a file may be less than the original.
+# numbers of numpy. A class that replaces the one named in a file may do less than it.
 ALLOWED = [
     argparse.Namespace,
     (PosixPath, "pathlib.PosixPath"),
@@ -83,7 +83,7 @@ def check_bits(path: Path) -> None:
     try:
         with path.open("rb") as file:
             start = file.read(100).lstrip()
-        if not zipfile.is_zipfile(path):  # a file of the format before PyTorch 1.6, or none at all
+        if not zipfile.is_zipfile(path):  # a file of the format before PyTorch 1.6, or no checkpoint
             damaged = None
         else:
             with zipfile.ZipFile(path) as archive:
@@ -116,9 +116,9 @@ def _reading_error(error: Exception, path: Path) -> Exception:
     """Return the error to raise: ValueError if the contents are damaged, others if reading failed for now."""
     if isinstance(error, MemoryError) or "allocate" in str(error):
         return MemoryError(f"{path}: not enough memory to read it")
-    if isinstance(error, OSError) and error.errno != errno.EINVAL:  # EINVAL: an offset in the file points nowhere
+    if isinstance(error, OSError) and error.errno != errno.EINVAL:  # EINVAL: the file holds an invalid offset
         return OSError(error.errno, f"{path} cannot be read at the moment: {error.strerror or error}")
-    if "read failed" in str(error):  # what torch makes of an error of the system
+    if "read failed" in str(error):  # torch's message for an error of the system
         return OSError(errno.EIO, f"{path} cannot be read at the moment: {first_line(error)}")
     return ValueError(f"not a readable checkpoint ({first_line(error)})")
 
