@@ -247,9 +247,7 @@ def main(args) -> None:
 def run_process(args, processes: ProcessInfo, interruption: Interruption) -> None:
     """Run one process: build, resume, then evaluate or train."""
     device = pick_device(args.device, processes.local_rank)
-    logger.info(get_sha())
-    changed = changed_flags(args, get_args_parser())
-    logger.info(f"flags: {' '.join(f'--{name} {value}' for name, value in changed.items()) or 'the defaults'}")
+    log_start(args)
     name, checkpoint = load_resumed(args.resume, args.output_dir)
     if checkpoint:
         args = describe(args, checkpoint, name)
@@ -306,6 +304,13 @@ def set_up(args, processes: ProcessInfo) -> Path | None:
         return None
     make_folder(args.output_dir)
     return Path(args.output_dir) / "messages.log"
+
+
+def log_start(args) -> None:
+    """Log the version of the project, and the flags that have other values than their defaults."""
+    logger.info(get_sha())
+    changed = changed_flags(args, get_args_parser())
+    logger.info(f"flags: {' '.join(f'--{name} {value}' for name, value in changed.items()) or 'the defaults'}")
 
 
 def build_datasets(args, checkpoint: dict | None) -> tuple[Dataset | None, Dataset, int]:

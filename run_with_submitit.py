@@ -9,7 +9,9 @@ Every flag of main.py is accepted too. The run's files and Slurm's logs go to `-
 import argparse
 import os
 import sys
+import time
 import uuid
+from contextlib import suppress
 from pathlib import Path
 
 import main as detr
@@ -77,6 +79,7 @@ class Trainer:
 
         job_id = str(submitit.JobEnvironment().job_id)
         self.args.output_dir = self.args.job_dir.replace("%j", job_id)
+        remove_template(self.args.job_dir)
         if any(Path(self.args.output_dir).glob("checkpoint*.pth")):
             self.args.resume = "auto"
         # The address follows from the job: a requeued one finds no file of an earlier attempt.
@@ -117,8 +120,31 @@ def main(args: argparse.Namespace | None = None) -> None:
     job = executor.submit(Trainer(args))
     print(f"job {job.job_id}: logs {job.paths.stdout} and {job.paths.stderr}")
     print(f"checkpoints, log.txt and curves: {args.job_dir.replace('%j', str(job.job_id))}")
+    if args.executor == "local":
+        follow(job)
     if args.executor != "slurm":
         job.results()
+    remove_template(args.job_dir)
+
+
+def remove_template(job_dir: str) -> None:
+    """Remove the folder whose name has `%j` itself in it, which submitit makes, if it is empty."""
+    if "%j" in job_dir:
+        with suppress(OSError):
+            Path(job_dir).rmdir()
+
+
+def follow(job) -> None:
+    """Print what the first process of a job prints, until the job ends."""
+    printed, ended = 0, False
+    while not ended:
+        ended = job.done()
+        if job.paths.stdout.is_file():
+            with open(job.paths.stdout, errors="replace") as log:
+                log.seek(printed)
+                print(log.read(), end="", flush=True)
+                printed = log.tell()
+        time.sleep(0 if ended else 1)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,8 @@ Shapes: B images, Q object queries, G groups, T the most objects in one image of
 2 T queries: T noised objects, then T negatives; D = 2 G T. Boxes are cxcywh in 0..1.
 """
 
+import math
+
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
@@ -41,12 +43,13 @@ class DenoisingQueries(nn.Module):
         self.num_classes, self.groups = num_classes, groups
         self.box_noise, self.label_noise = box_noise, label_noise
         self.label_embed = nn.Embedding(num_classes, width)
-        self.box_embed = nn.Linear(4, width)
+        self.box_embed = nn.Linear(2 * width, width)
 
     def forward(self, targets: list[dict[str, Tensor]]) -> Tensor:
         """Objects of B images -> queries [B, D, C]."""
         labels, boxes = self.noised(targets)
-        return self.label_embed(labels) + self.box_embed(boxes)
+        codes = sine_code(boxes, self.label_embed.embedding_dim // 4)
+        return self.label_embed(labels) + self.box_embed(codes)
 
     @torch.no_grad()
     def noised(self, targets: list[dict[str, Tensor]]) -> tuple[Tensor, Tensor]:
@@ -149,6 +152,16 @@ class DenoisingCriterion(nn.Module):
             objects = torch.arange(len(target["labels"]), device=logits.device)
             pairs.append(((first[:, None] + objects).flatten(), objects.repeat(self.groups)))
         return pairs
+
+
+def sine_code(boxes: Tensor, frequencies: int) -> Tensor:
+    """Sines and cosines of each coordinate, as positions in the image have them: [..., 4] -> [..., 8 * frequencies].
+
+    A query that is a linear map of them can attend to a place; one of the four numbers cannot.
+    """
+    wavelengths = 10000 ** (torch.arange(frequencies, device=boxes.device) / frequencies)
+    angles = 2 * math.pi * boxes[..., None] / wavelengths
+    return torch.cat([angles.sin(), angles.cos()], dim=-1).flatten(-2)
 
 
 def _padded_objects(targets: list[dict[str, Tensor]], most: int, num_classes: int) -> tuple[Tensor, Tensor]:

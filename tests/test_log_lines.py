@@ -1,10 +1,13 @@
 """Log lines: short on a terminal, the original's format elsewhere; the table of epochs; the file of all lines."""
 
 import logging
+import os
 import shutil
 
 import pytest
+import torch
 
+from util.dist import pick_device
 from util.epoch_row import table_line
 from util.logger import configure_logging, log_file, logger
 from util.meters import MetricLogger, SmoothedValue
@@ -80,3 +83,24 @@ def test_table_line_of_an_epoch():
     )
     assert table_line(row, 61.2, 0.6).endswith("| best 0.600")
     assert table_line({"epoch": 7}, 1, -1.0) == "epoch    7 | loss      nan | 0:00:01"
+
+
+def test_epoch_that_waits_for_its_data_says_so(caplog, monkeypatch):
+    caplog.set_level("INFO", "detr")
+    clock = iter(range(10**6))
+    monkeypatch.setattr("util.meters.time.perf_counter", lambda: next(clock))  # a second between any two calls
+    train(batches=20)
+    assert "50% of the time was spent waiting for data: more --num_workers may help" in caplog.text
+    caplog.clear()
+    monkeypatch.setattr("util.meters.SLOW_LOADER", 0.6)
+    train(batches=20)
+    assert "waiting" not in caplog.text
+
+
+def test_more_threads_than_cores_are_warned_of(caplog, monkeypatch):
+    monkeypatch.setattr(os, "cpu_count", lambda: 4)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    for threads, warned in ((2, False), (4, True)):
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        pick_device("cpu")
+        assert ("set OMP_NUM_THREADS=2" in caplog.text) == warned

@@ -86,6 +86,14 @@ def test_an_interrupted_job_comes_back_and_ends_with_the_same_weights(job_flags,
     assert [json.loads(line) for line in rows[0].splitlines()] == [json.loads(line) for line in rows[1].splitlines()]
 
 
+def test_local_job_shows_its_log_and_leaves_no_folder_named_after_the_placeholder(job_flags, tmp_path, capsys):
+    flags = f"{job_flags} --job_dir {tmp_path}/%j --epochs 1".replace("--ngpus 2", "--ngpus 1")
+    run_with_submitit.main(run_with_submitit.parse_args(flags.split()))
+    assert "Epoch: [0]" in capsys.readouterr().out
+    (folder,) = tmp_path.iterdir()
+    assert folder.name.isdigit() and (folder / "checkpoint.pth").exists()
+
+
 def test_shared_folder_and_init_file_are_in_the_working_directory(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert run_with_submitit.get_shared_folder() == tmp_path / "jobs"

@@ -147,6 +147,18 @@ def test_plot_logs_with_gaps_and_foreign_lines_draws_the_rest(tmp_path):
         plot_utils.plot_logs(tmp_path / "elsewhere")
 
 
+def test_draw_curves_draws_what_there_is_with_a_mark_for_each_epoch(tmp_path, monkeypatch):
+    row = {"epoch": 0, "train_loss": 1.0, "test_coco_eval_masks": [0.25] * 12, "test_PQ_all": {"pq": 40.0}}
+    (tmp_path / "log.txt").write_text(json.dumps(row))
+    drawn, plot_logs = [], plot_utils.plot_logs
+    monkeypatch.setattr(plot_utils, "plot_logs", lambda *a: drawn.append(plot_logs(*a)) or drawn[-1])
+    plot_utils.draw_curves(tmp_path)
+    axes = drawn[0][1]
+    assert [axis.get_title() for axis in axes] == ["loss", "mask AP", "PQ"]
+    assert [axis.lines[0].get_ydata().tolist() for axis in axes] == [[1.0], [0.25], [40.0]]
+    assert all(line.get_marker() == "." for axis in axes for line in axis.lines)
+
+
 def test_plot_precision_recall_leaves_out_classes_without_objects(tmp_path):
     precision = torch.zeros(10, 101, 3, 4, 3)
     precision[0, :, 0, 0, -1], precision[0, :, 1, 0, -1], precision[0, :, 2, 0, -1] = 1.0, 0.5, -1

@@ -27,7 +27,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--truth", type=Path, help="true annotations, whose maps (in ../panoptic_*) are drawn as well")
     add("--count", type=int, default=4, help="images to draw")
     add("--height", type=int, default=360, help="height of each image on the sheet, in pixels")
-    add("--output", type=Path, default=Path("segments.png"))
+    add("--output", type=Path, help="picture to write; default: segments.png beside the folder of predictions")
     add("--allow", action="append", default=[], choices=("outside_paths",),
         help="read files whose names lead out of their folder")  # fmt: skip
     return parser
@@ -62,9 +62,11 @@ def main(argv: list[str] | None = None) -> None:
             maps.append(("truth", inside(folder, true["file_name"], outside), true))
         pictures.append(titled(image, name))
         for title, png, info in maps:
+            title += "" if info["segments_info"] else ": no segment above the threshold (0.85 in an evaluation)"
             pictures.append(titled(draw_panoptic(image, read_segment_ids(png), info["segments_info"], names), title))
-    contact_sheet(pictures, 3 if args.truth else 2).save(args.output)
-    print(f"{printable(str(args.output))}: {len(records)} images")
+    output = args.output or args.predictions.resolve().parent / "segments.png"
+    contact_sheet(pictures, 3 if args.truth else 2).save(output)
+    print(f"{printable(str(output))}: {len(records)} images")
 
 
 def read_panoptic(path: Path) -> dict:

@@ -203,7 +203,9 @@ def pick_device(name: str, local_rank: int = 0) -> torch.device:
     device = _device(name)
     if device.type == "cuda" and not torch.cuda.is_available():
         logger.info(f"no GPU here: --device {name} becomes cpu")
-        return torch.device("cpu")
+        device = torch.device("cpu")
+    if device.type == "cpu":
+        _check_threads()
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", local_rank)
     if device.type == "cuda" and device.index >= torch.cuda.device_count():
@@ -212,6 +214,16 @@ def pick_device(name: str, local_rank: int = 0) -> torch.device:
             "numbered from 0; start one process for each GPU"
         )
     return device
+
+
+def _check_threads() -> None:
+    """Warn if the processes of this machine have more threads than it has cores, which makes all of them slower."""
+    threads, processes = torch.get_num_threads(), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if threads * processes > (os.cpu_count() or 1):
+        logger.warning(
+            f"{processes} processes with {threads} threads each on {os.cpu_count()} cores slow each other down: "
+            f"set OMP_NUM_THREADS={max((os.cpu_count() or 1) // processes, 1)}"
+        )
 
 
 def _device(name: str) -> torch.device:

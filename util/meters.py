@@ -16,6 +16,8 @@ from tqdm import tqdm
 
 from util.logger import configure_logging, logger
 
+SLOW_LOADER = 0.3  # share of a step's time from which on waiting for data is worth a line
+
 
 class SmoothedValue:
     """A series of numbers: its last `window_size` values, and the sum and count of all."""
@@ -212,6 +214,9 @@ class MetricLogger:
             before = time.perf_counter()
         bar.close()
         total = time.perf_counter() - begin
+        share = data_time.global_avg / max(step_time.global_avg, 1e-9)
+        if epochs_left is not None and len(iterable) >= 20 and share > SLOW_LOADER:
+            logger.info(f"{share:.0%} of the time was spent waiting for data: more --num_workers may help")
         logger.info(f"{header} Total time: {_duration(total)} ({total / max(len(iterable), 1):.4f} s / it)")
 
 

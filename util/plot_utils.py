@@ -12,7 +12,13 @@ from torch import Tensor
 
 from util.safe_load import load_file
 
-COCO_NUMBERS = "test_coco_eval_bbox"
+# Fields that are numbers of an evaluation: the entry of a row, and the place in it.
+EVALUATED = {
+    "mAP": ("test_coco_eval_bbox", 0),
+    "AP50": ("test_coco_eval_bbox", 1),
+    "mask AP": ("test_coco_eval_masks", 0),
+    "PQ": ("test_PQ_all", "pq"),
+}
 CURVES = ("precision", "scores", "recall_thresholds")  # entries of a file of `eval/` that are drawn
 
 
@@ -41,7 +47,7 @@ def plot_logs(
     """Draw fields of one run or several over epochs: training solid, evaluation dashed; return (figure, axes).
 
     `logs` are the runs' output folders. `ewm_col` is the centre of mass of an exponential moving average. The field
-    "mAP" is COCO's AP, "AP50" its AP at IoU 0.5.
+    "mAP" is COCO's AP of boxes, "AP50" its AP at IoU 0.5; "mask AP" and "PQ" are those of masks and segments.
     """
     folders = [Path(logs)] if isinstance(logs, (str, Path)) else [Path(folder) for folder in logs]
     columns = min(len(fields), 4)
@@ -54,7 +60,8 @@ def plot_logs(
             for prefix, style in (("train", "-"), ("test", "--")):
                 epochs, values = _series(log, field, prefix)
                 if values:
-                    axis.plot(epochs, _smooth(values, ewm_col), style, color=colour, label=f"{folder.name} {prefix}")
+                    label = f"{folder.name} {prefix}"
+                    axis.plot(epochs, _smooth(values, ewm_col), style, color=colour, marker=".", label=label)
     for field, axis in zip(fields, axes, strict=True):
         axis.set(title=field, xlabel="epoch")
         axis.xaxis.get_major_locator().set_params(integer=True)
@@ -69,12 +76,14 @@ def plot_logs(
 
 def _series(rows: list[dict], field: str, prefix: str) -> tuple[list[int], list[float]]:
     """Return epochs and values of a field, for "train" or "test"; AP belongs to "test". Rows without it are skipped."""
-    coco = {"mAP": 0, "AP50": 1}
     epochs, values = [], []
     for row in rows:
-        if field in coco:
-            numbers = row.get(COCO_NUMBERS) if prefix == "test" else None
-            value = numbers[coco[field]] if isinstance(numbers, list) and len(numbers) > 1 else None
+        if field in EVALUATED:
+            entry, place = EVALUATED[field]
+            try:
+                value = row[entry][place] if prefix == "test" else None
+            except (KeyError, IndexError, TypeError):
+                value = None
         else:
             value = row.get(f"{prefix}_{field}")
         if isinstance(value, (int, float)):
@@ -93,8 +102,11 @@ def _smooth(values: list[float], centre_of_mass: float) -> np.ndarray:
 
 
 def draw_curves(output_dir: str | Path) -> None:
-    """Write `curves.png` beside a run's `log.txt`: losses, class error and AP so far."""
-    figure, _ = plot_logs(output_dir, ("loss", "loss_ce", "loss_bbox", "loss_giou", "class_error", "mAP", "AP50"))
+    """Write `curves.png` beside a run's `log.txt`: losses, class error, AP and PQ so far, those that there are."""
+    rows = read_log(output_dir)
+    fields = ("loss", "loss_ce", "loss_bbox", "loss_giou", "loss_mask", "loss_dice", "class_error", *EVALUATED)
+    known = [field for field in fields if any(_series(rows, field, prefix)[1] for prefix in ("train", "test"))]
+    figure, _ = plot_logs(output_dir, known or ("loss",))
     figure.savefig(Path(output_dir) / "curves.png", dpi=80)
     plt.close(figure)
 
