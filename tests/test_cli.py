@@ -53,3 +53,23 @@ def test_exit_status_of_errors_interruption_and_success(capsys):
     assert exit_status(lambda: open("/gone/file")) == 2
     assert exit_status(interrupt) == 130
     assert exit_status(lambda: None) == 0 and exit_status(lambda: 1) == 1
+
+
+def test_project_file_names_what_exists():
+    tomllib = pytest.importorskip("tomllib", reason="Python 3.10 has no tomllib")
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    setuptools = project["tool"]["setuptools"]
+    assert all((ROOT / package / "__init__.py").is_file() for package in setuptools["packages"])
+    scripts = {path.stem for path in ROOT.glob("*.py")}
+    assert set(setuptools["py-modules"]) == scripts
+    for target in project["project"]["scripts"].values():
+        module, function = target.split(":")
+        assert callable(getattr(__import__(module, fromlist=[function]), function))
+
+
+@pytest.mark.parametrize("command_of_cli, words", [("train", "unrecognized arguments: --nonsense"),
+                                                   ("predict", "the following arguments are required: inputs")])  # fmt: skip
+def test_installed_commands_run_the_scripts(command_of_cli, words, tmp_path):
+    code = f"import sys; sys.argv[1:] = ['--nonsense']; from util import cli; cli.{command_of_cli}()"
+    done = command("-c", code, env={"PYTHONPATH": str(ROOT)}, cwd=tmp_path)
+    assert done.returncode == 2 and words in done.stderr

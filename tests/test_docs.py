@@ -7,9 +7,10 @@ import pytest
 
 import main
 import run_with_submitit
-from tools import benchmark, check_dataset, draw_panoptic, predict, show_predictions
+from tools import benchmark, check_dataset, draw_panoptic, import_data, predict, show_predictions
 
 ROOT = Path(__file__).parents[1]
+TOOLS = (benchmark, check_dataset, draw_panoptic, import_data, predict, show_predictions)
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *(ROOT / ".github").glob("*.md")])
 NOT_OURS = {  # flags of other programs in the pages' commands
     "--nproc_per_node", "--nnodes", "--max-restarts", "--rdzv-backend", "--rdzv-endpoint", "--ntasks-per-node",
@@ -38,7 +39,7 @@ def test_page_links_lead_to_files_and_headings(page):
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_page_flags_exist(page):
     parsers = [main.get_args_parser()]
-    parsers += [tool.get_args_parser() for tool in (benchmark, check_dataset, draw_panoptic, predict, show_predictions)]
+    parsers += [tool.get_args_parser() for tool in TOOLS]
     known = {option for parser in parsers for action in parser._actions for option in action.option_strings}
     known |= set(re.findall(r'add\("(--\w+)"', Path(run_with_submitit.__file__).read_text()))
     known |= set(re.findall(r'^\+    add\("(--\w+)"', page.read_text(), re.M))  # in an example
