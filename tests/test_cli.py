@@ -67,9 +67,14 @@ def test_project_file_names_what_exists():
         assert callable(getattr(__import__(module, fromlist=[function]), function))
 
 
-@pytest.mark.parametrize("command_of_cli, words", [("train", "unrecognized arguments: --nonsense"),
-                                                   ("predict", "the following arguments are required: inputs")])  # fmt: skip
-def test_installed_commands_run_the_scripts(command_of_cli, words, tmp_path):
-    code = f"import sys; sys.argv[1:] = ['--nonsense']; from util import cli; cli.{command_of_cli}()"
+@pytest.mark.parametrize(
+    "name, message",
+    [
+        ("train", "unrecognized arguments: --nonsense"),
+        ("predict", "the following arguments are required: inputs"),
+    ],
+)
+def test_installed_commands_run_the_scripts(name, message, tmp_path):
+    code = f"import sys; sys.argv[1:] = ['--nonsense']; from util import cli; cli.{name}()"
     done = command("-c", code, env={"PYTHONPATH": str(ROOT)}, cwd=tmp_path)
-    assert done.returncode == 2 and words in done.stderr
+    assert done.returncode == 2 and message in done.stderr
