@@ -15,11 +15,13 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import torch
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from datasets.coco import ALLOWED
 from datasets.images import allow_large_images, read_image
+from tools.dataset_advice import advise
 from tools.dataset_report import Options, Part, Report, inspect_part
 from tools.draw import class_colour, class_name, contact_sheet, draw_boxes, fit, titled, to_pil
 from util.cli import exit_status
@@ -164,6 +166,9 @@ def main(argv: list[str] | None = None) -> int:
     if sheet:
         sheet.save(args.output)
         print(f"\nwritten: {printable(args.output)}")
+    if reports[0].index is not None:
+        memory = torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else None
+        print("\nadvice", *advise(reports[0].index, args.num_queries, memory), sep="\n  ")
     fatal = any(report.fatal for report in reports)
     print("\ntraining would fail: see FATAL above" if fatal else "\ntraining would start")
     return 1 if fatal else 0
