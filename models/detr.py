@@ -20,6 +20,7 @@ from util import box_ops
 from util.dist import get_world_size, is_dist_avail_and_initialized
 from util.metrics import accuracy
 from util.nested_tensor import NestedTensor, nested_tensor_from_tensor_list
+from util.sizes import as_pairs
 
 # Code written against DETR imports all of these from here.
 __all__ = [
@@ -145,7 +146,7 @@ class PostProcess(nn.Module):
         """
         logits, boxes = outputs["pred_logits"], outputs["pred_boxes"]
         if not isinstance(target_sizes, Tensor):
-            target_sizes = torch.tensor([[int(side) for side in size] for size in target_sizes])
+            target_sizes = torch.tensor(as_pairs(target_sizes))
         if target_sizes.shape != (len(logits), 2):
             raise ValueError(
                 f"expected a (height, width) for each of {len(logits)} images, got {list(target_sizes.shape)}"

@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
+from util.sizes import as_pairs
+
 SMALLEST_SEGMENT = 5  # pixels at the final size; smaller segments are removed
 
 
@@ -48,15 +50,14 @@ class PostProcessPanoptic(nn.Module):
                 f"{len(outputs['pred_logits'])} images"
             )
         maps = []
-        for logits, masks, inner, final in zip(
-            outputs["pred_logits"], outputs["pred_masks"], processed_sizes, target_sizes, strict=True
-        ):
-            height, width = _pair(inner)
+        sizes = zip(as_pairs(processed_sizes), as_pairs(target_sizes), strict=True)
+        for logits, masks, (inner, final) in zip(outputs["pred_logits"], outputs["pred_masks"], sizes, strict=True):
+            height, width = inner
             scores, labels = logits.softmax(-1).max(-1)
             keep = (labels != logits.shape[-1] - 1) & (scores > self.threshold)
             size = (height, width) if padded_size is None else padded_size
             masks = F.interpolate(masks[keep][:, None], size=size, mode="bilinear", align_corners=False)[:, 0]
-            ids, classes = self._segments(masks[:, :height, :width], labels[keep].tolist(), _pair(final))
+            ids, classes = self._segments(masks[:, :height, :width], labels[keep].tolist(), final)
             maps.append(self._encode(ids, classes, first_id))
         return maps
 
@@ -93,8 +94,3 @@ class PostProcessPanoptic(nn.Module):
 
     def _is_thing(self, label: int) -> bool:
         return bool(self.is_thing_map.get(label, False))
-
-
-def _pair(size: Tensor | Sequence[int]) -> tuple[int, int]:
-    height, width = size.tolist() if isinstance(size, Tensor) else size
-    return int(height), int(width)

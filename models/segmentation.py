@@ -14,6 +14,7 @@ from torch.nn.functional import interpolate
 
 from models.panoptic import PostProcessPanoptic
 from util.nested_tensor import NestedTensor, nested_tensor_from_tensor_list
+from util.sizes import as_pairs
 
 __all__ = [
     "DETRsegm",
@@ -233,27 +234,30 @@ class PostProcessSegm(nn.Module):
 
     @torch.no_grad()
     def forward(
-        self, results: list[dict], outputs: dict[str, Tensor], orig_target_sizes: Tensor, max_target_sizes: Tensor
+        self,
+        results: list[dict],
+        outputs: dict[str, Tensor],
+        orig_target_sizes: Tensor | Sequence,
+        max_target_sizes: Tensor | Sequence,
     ) -> list[dict[str, Tensor]]:
         """Add `masks`, uint8 [Q, 1, H, W] at the original size, to each image's results from PostProcess.
 
-        Both sizes are [B, 2], (height, width): of the original images, and of the images as they entered the model, the
-        largest of which the batch was padded to.
+        Both sizes are (height, width), tensors [B, 2] or lists of pairs: of the original images, and of the images as
+        they entered the model, the largest of which the batch was padded to.
         """
         if not len(results) == len(orig_target_sizes) == len(max_target_sizes) == len(outputs["pred_masks"]):
             raise ValueError(
                 f"{len(results)} results, {len(orig_target_sizes)} original sizes and {len(max_target_sizes)} input "
                 f"sizes for the masks of {len(outputs['pred_masks'])} images"
             )
-        padded = max_target_sizes.max(0).values.tolist()
+        sizes, finals = as_pairs(max_target_sizes), as_pairs(orig_target_sizes)
+        padded = (max(height for height, _ in sizes), max(width for _, width in sizes))
         results_with_masks = []
-        for result, masks, inner, final in zip(
-            results, outputs["pred_masks"], max_target_sizes.tolist(), orig_target_sizes.tolist(), strict=True
-        ):
+        for result, masks, inner, final in zip(results, outputs["pred_masks"], sizes, finals, strict=True):
             parts = [self._resize(part, padded, inner, final) for part in masks[:, None].split(MASKS_AT_ONCE)]
             results_with_masks.append({**result, "masks": torch.cat(parts)})
         return results_with_masks
 
-    def _resize(self, masks: Tensor, padded: list[int], inner: list[int], final: list[int]) -> Tensor:
+    def _resize(self, masks: Tensor, padded: tuple, inner: tuple, final: tuple) -> Tensor:
         full = F.interpolate(masks, size=padded, mode="bilinear", align_corners=False).sigmoid() > self.threshold
         return F.interpolate(full[:, :, : inner[0], : inner[1]].byte(), size=final, mode="nearest")

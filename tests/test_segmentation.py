@@ -243,6 +243,8 @@ def test_instance_masks_leave_the_padding_and_reach_the_original_size():
     assert drawn[0]["masks"][:, 0, :32].all() and not drawn[0]["masks"][:, 0, 32:].any()
     assert drawn[1]["masks"][3, 0, :, :16].all() and not drawn[1]["masks"][3, 0, :, 16:].any()
     assert "masks" not in results[0] and drawn[1]["scores"] is results[1]["scores"]
+    pairs = PostProcessSegm()(results, {"pred_masks": masks}, [(64, 60), (50, 32)], list(entered))
+    assert all(torch.equal(a["masks"], b["masks"]) for a, b in zip(drawn, pairs, strict=True))
     with pytest.raises(ValueError, match="2 results, 1 original"):
         PostProcessSegm()(results, {"pred_masks": masks}, original[:1], entered)
 
