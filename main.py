@@ -172,7 +172,7 @@ from torch.utils.data import Dataset
 
 from datasets import build_dataset, get_coco_api_from_dataset
 from datasets.coco_backends import pick_backend
-from datasets.coco_checks import compare_categories
+from datasets.coco_checks import compare_categories, warn_of_few_images
 from datasets.coco_eval import write_evaluation
 from datasets.loaders import build_train_loader, build_val_loader
 from engine import allow_tf32, compile_network, evaluate, train_one_epoch
@@ -325,6 +325,8 @@ def build_datasets(args, checkpoint: dict | None) -> tuple[Dataset | None, Datas
         num_classes = num_classes or train_set.num_classes
     val_set = build_dataset("val", _changed(args, num_classes=num_classes))
     if train_set:
+        if not (checkpoint or args.finetune or args.frozen_weights or args.recipe):
+            warn_of_few_images(len(train_set))
         compare_categories(train_set.class_names, "the training data", val_set.class_names, "the validation data")
     return train_set, val_set, num_classes or val_set.num_classes
 

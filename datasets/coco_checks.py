@@ -17,6 +17,8 @@ COUNTED = 100  # detections of an image that COCO's AP counts
 SAMPLE = 16  # images whose size is compared with the listed one before training starts
 SLACK = 1  # pixels that a box may extend beyond its image: coordinates are rounded, by annotation tools and in float32
 
+FEW = 1000  # training images
+
 
 def check_sizes(index: CocoIndex) -> None:
     """Raise ValueError if the file does not list the size of every image."""
@@ -136,6 +138,15 @@ def warn_of(index: CocoIndex) -> None:
 def some(examples: Sequence) -> str:
     """Join the first examples, safe to print."""
     return ", ".join(map(printable, examples[:SHOWN])) + (", ..." if len(examples) > SHOWN else "")
+
+
+def warn_of_few_images(count: int) -> None:
+    """Log a warning if so many images are few for a training without a detector's weights."""
+    if count < FEW:
+        logger.warning(
+            f"{count} training images: from a backbone alone, DETR needs thousands, or hundreds of epochs. Start from "
+            "COCO weights with --finetune FILE_OR_URL, or see docs/own-data.md"
+        )
 
 
 def compare_categories(ours: Mapping[int, str], where: str, theirs: Mapping[int, str], elsewhere: str) -> list[str]:

@@ -10,7 +10,7 @@ from PIL import Image
 import main
 from datasets import build_dataset
 from datasets.coco_api import index_coco
-from datasets.coco_checks import compare_categories
+from datasets.coco_checks import compare_categories, warn_of_few_images
 from datasets.coco_eval import CocoEvaluator
 from datasets.json_file import read_json, write_json
 from tests.helpers import parse
@@ -149,3 +149,10 @@ def test_detections_that_are_not_finite_are_refused(bad):
 def test_detections_of_other_categories_only_are_logged(caplog):
     assert evaluated({}, label=7) == 0
     assert "no detection is of an evaluated category: they have the ids [7], the ground truth has [1]" in caplog.text
+
+
+def test_few_training_images_are_warned_of(caplog):
+    warn_of_few_images(1000)
+    assert not caplog.text
+    warn_of_few_images(999)
+    assert "999 training images" in caplog.text and "--finetune" in caplog.text

@@ -15,19 +15,19 @@ from util.meters import MetricLogger, SmoothedValue
 LOSSES = {"loss": 12.5, "loss_ce": 1.0, "loss_bbox": 2.0, "loss_giou": 3.0, "class_error": 50.0, "loss_ce_0": 4.0}
 
 
-def train(batches=2):
+def train(batches=2, epochs_left=1):
     metrics = MetricLogger("  ")
     metrics.add_meter("lr", SmoothedValue(1, "{value:.6f}"))
-    for _ in metrics.log_every([("images", [{}] * 4)] * batches, 1, "Epoch: [3]", epochs_left=1):
+    for _ in metrics.log_every([("images", [{}] * 4)] * batches, 1, "Epoch: [3]", epochs_left=epochs_left):
         metrics.update(**LOSSES, lr=1e-4)
 
 
 @pytest.fixture
 def terminal(monkeypatch, capsys):
-    def lines(columns):
+    def lines(columns, epochs_left=1):
         monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
         monkeypatch.setattr(shutil, "get_terminal_size", lambda: shutil.os.terminal_size((columns, 24)))
-        train()
+        train(2, epochs_left)
         return [line for line in capsys.readouterr().out.splitlines() if "Total" not in line]
 
     configure_logging()
@@ -41,6 +41,11 @@ def test_line_on_a_terminal_fits_its_width_and_120_columns(terminal, columns):
     assert all("Epoch: [3]" in line and "loss 12.50" in line and "eta" in line for line in lines)
     whole = {"ce 1.00", "bbox 2.00", "giou 3.00", "error 50.0", "img/s"}
     assert columns == 80 or all(whole == {part for part in whole if part in line} for line in lines)
+
+
+def test_line_of_an_evaluation_on_a_terminal_is_short_too(terminal):
+    lines = terminal(80, None)
+    assert all(len(line) < 80 and "loss 12.50" in line and "img/s" not in line for line in lines) and len(lines) == 2
 
 
 def test_line_elsewhere_has_the_original_format(capsys):

@@ -4,9 +4,10 @@ import math
 
 import numpy as np
 
+from datasets.coco_checks import FEW
 from datasets.coco_index import CocoIndex
 
-FEW, ENOUGH = 1000, 10_000  # images: below, start from trained weights; from here on, ImageNet's backbone is enough
+ENOUGH = 10_000  # images, from which on ImageNet's backbone is enough to start from
 SMALL_BOX = 16  # pixels of the model's input: half a cell of a stride of 32
 PUBLISHED = (800, 1333)
 # The published recipe has 2 images of the published size on a GPU of 16 GB.

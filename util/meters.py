@@ -1,7 +1,6 @@
 """Smoothed metrics, and the loop that prints them."""
 
 import logging
-import math
 import shutil
 import sys
 import time
@@ -149,14 +148,15 @@ class MetricLogger:
             together.add_meter(name, series)
         return together
 
-    def short_line(self, parts: list[str], images_per_second: float, epoch: float, run: float) -> str:
-        """Summarise a training step for a terminal: as much as fits into its width and into 120 columns.
+    def short_line(self, parts: list[str]) -> str:
+        """Summarise a step for a terminal: `parts`, then the means of series, as many as fit into its width and 120.
 
-        `epoch` and `run` are the seconds to their ends; "error" is the mean class_error.
+        "error" is the mean class_error.
         """
         means = {name: meter.global_avg for name, meter in self.meters.items() if meter.count}
-        parts = [*parts, f"loss {means.get('loss', math.nan):.2f}"]
-        parts += [f"eta {_duration(epoch)}/{_duration(run)}", f"{images_per_second:.1f} img/s"]
+        parts = list(parts)
+        if "loss" in means:
+            parts.insert(2, f"loss {means['loss']:.2f}")
         for name in ("loss_ce", "loss_bbox", "loss_giou"):
             if name in means:
                 parts.append(f"{name.removeprefix('loss_')} {means[name]:.2f}")
@@ -204,12 +204,11 @@ class MetricLogger:
                 parts += [f"time: {step_time}", f"data: {data_time}"]
                 if torch.cuda.is_available():
                     parts.append(f"max mem: {torch.cuda.max_memory_allocated() / 2**20:.0f}")
-                short = None
+                short = [header, f"{step}/{steps}", f"eta {_duration(seconds)}"]
                 if epochs_left is not None:
-                    run = seconds + epochs_left * steps * step_time.global_avg
-                    speed = _world_size() * len(item[1]) / step_time.avg
-                    short = shown.short_line([header, f"{step}/{steps}"], speed, seconds, run)
-                logger.info(self.delimiter.join(parts), extra={"short": short})
+                    short[-1] += f"/{_duration(seconds + epochs_left * steps * step_time.global_avg)}"
+                    short.append(f"{_world_size() * len(item[1]) / step_time.avg:.1f} img/s")
+                logger.info(self.delimiter.join(parts), extra={"short": shown.short_line(short)})
             bar.update()
             before = time.perf_counter()
         bar.close()
