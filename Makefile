@@ -7,11 +7,12 @@ DEMO := runs/demo
 .PHONY: demo test test-fast test-slurm lint format clean
 
 demo: $(VENV)/.run
+	@echo "training takes about 8 minutes on two cores"
 	$(RUN) main.py --recipe demo $(DEMO_MORE) --output_dir $(DEMO) --resume auto
 	$(RUN) tools/show_predictions.py --run $(DEMO)
 	@echo "AP above; curves in $(DEMO)/curves.png, predictions in $(DEMO)/predictions.png"
 
-test: lint
+test: lint  # about 10 minutes on two cores
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -q -rs --durations=10 -n 2 --dist worksteal
 
 test-fast: $(VENV)/.dev  # unit tests only

@@ -24,10 +24,11 @@ from util.logger import logger
 THINGS = ("circle", "square", "triangle", "star", "ring", "cross", "hexagon", "bar")
 STUFF = ("ground", "sky")  # their ids follow the things'
 EMPTY, CROWD, VOID = 0.06, 0.06, 0.3  # shares of the images without objects, with a crowd, with an unlabelled patch
-MOST_OBJECTS = 2
+COUNTS = (0.35, 0.3, 0.2, 0.15)  # shares of the images with 1, 2, 3 and 4 objects, of those with objects
 SMALLEST = 32  # pixels of an image's longer side
+VERSION = 2  # of the images that the same settings give
 NUMBERS = "shapes.json"  # the file with the settings the images were generated with
-EXTENT = (0.2, 0.8)  # diameter of an object, as a share of the image's shorter side
+EXTENT = (0.35, 0.75)  # diameter of an object, as a share of the image's shorter side
 LARGEST_HIDDEN = 0.4  # an object is placed only if every other one keeps at least 60 % of its pixels
 
 
@@ -56,7 +57,8 @@ def generate(root: str | Path, counts: dict[str, int], image_size: int = 192, cl
     It is written to a temporary folder, which is then renamed. Raises ValueError for settings that cannot be drawn, or
     if `root` holds shapes generated with other settings.
     """
-    root, numbers = Path(root), {**counts, "size": image_size, "classes": classes, "seed": seed}
+    root = Path(root)
+    numbers = {**counts, "size": image_size, "classes": classes, "seed": seed, "version": VERSION}
     if image_size < SMALLEST:
         raise ValueError(f"shapes cannot be recognised on {image_size} pixels: choose {SMALLEST} or more")
     if min(counts.values()) < 1:
@@ -138,7 +140,7 @@ def draw_scene(rng: np.random.Generator, image_size: int, classes: int) -> tuple
     pixels += (rows / height * rng.uniform(-40, 40) + columns / width * rng.uniform(-40, 40))[..., None]
     pixels[ids == 0] = rng.uniform(0, 255, ((ids == 0).sum(), 1))  # grey noise, unlike any object
 
-    wanted = 0 if rng.random() < EMPTY else int(rng.integers(1, MOST_OBJECTS + 1))
+    wanted = 0 if rng.random() < EMPTY else 1 + int(rng.choice(len(COUNTS), p=COUNTS))
     labels = {1: classes + 1, 2: classes + 2}
     crowded = wanted > 0 and rng.random() < CROWD
     if crowded:

@@ -28,7 +28,7 @@ def test_scenes_have_crowds_overlaps_and_all_sizes():
     scenes = [shapes.draw_scene(np.random.default_rng(i), 192, 4) for i in range(200)]
     records = [[r for r in found if r["category_id"] <= 4] for _, _, found in scenes]
     areas = [r["area"] for found in records for r in found]
-    assert min(map(len, records)) == 0 and max(map(len, records)) == shapes.MOST_OBJECTS
+    assert min(map(len, records)) == 0 and max(map(len, records)) == len(shapes.COUNTS)
     assert min(areas) < 32**2 and max(areas) > 96**2  # small and large, as COCO calls it
     assert {r["category_id"] for found in records for r in found} == {1, 2, 3, 4}
     assert any(r["iscrowd"] for found in records for r in found)
