@@ -32,7 +32,7 @@ DEMO = {
     "lr_backbone": 7e-4,
     "lr_schedule": "linear",
     "warmup_steps": 100,
-    "eos_coef": 0.6,
+    "eos_coef": 0.7,
     "denoising_groups": 5,
     "denoising_box_noise": 1.0,
     "ema_decay": 0.998,
