@@ -209,11 +209,11 @@ def test_what_ends_one_process_alone_ends_the_run_with_its_reason(trained, tmp_p
 
 SEEN = """
 import os, signal, sys
-import engine, main
+import datasets.coco, engine, main
 from tests.helpers import parse
 
 seen, stop = sys.argv[1], int(sys.argv[2])
-norm, steps, get = engine.gradient_norm, [], main.datasets.coco.CocoDetection.__getitem__
+norm, steps, get = engine.gradient_norm, [], datasets.coco.CocoDetection.__getitem__
 
 def gradient_norm(model):
     steps.append(1)
@@ -227,7 +227,7 @@ def getitem(self, index):
             file.write(f"{index}\\n")
     return get(self, index)
 
-engine.gradient_norm, main.datasets.coco.CocoDetection.__getitem__ = gradient_norm, getitem
+engine.gradient_norm, datasets.coco.CocoDetection.__getitem__ = gradient_norm, getitem
 main.main(parse(" ".join(sys.argv[3:])))
 """
 

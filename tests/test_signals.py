@@ -32,6 +32,7 @@ STAGES = {
 PROGRAM = """
 import gc, importlib, os, signal, sys
 name, call, number, swallow, *flags = sys.argv[1:]
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background of a shell begins without it
 module, *path, last = name.split(".")
 for part in path:
     try:

@@ -28,6 +28,7 @@ def job_of(flags):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(submitit, "AutoExecutor", Executor)
+        patch.setattr(run_with_submitit, "follow", lambda job: None)
         run_with_submitit.main(run_with_submitit.parse_args(flags.split()))
     return jobs[0]
 
