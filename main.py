@@ -9,7 +9,7 @@ import argparse
 import sys
 
 from util.cli import command_line, exit_status
-from util.flags import NEW_FLAGS, changed_flags, check_numbers, with_defaults
+from util.flags import NEW_FLAGS, changed_flags, check_numbers, with_defaults, with_values
 from util.recipes import RECIPES, parse_args
 
 # fmt: off
@@ -168,11 +168,9 @@ from pathlib import Path
 
 import torch
 from torch.distributed.elastic.multiprocessing.errors import record
-from torch.utils.data import Dataset
 
-from datasets import build_dataset, get_coco_api_from_dataset
+from datasets import build_dataset, build_datasets, get_coco_api_from_dataset
 from datasets.coco_backends import pick_backend
-from datasets.coco_checks import compare_categories, warn_of_few_images
 from datasets.coco_eval import write_evaluation
 from datasets.loaders import build_train_loader, build_val_loader
 from engine import allow_tf32, compile_network, evaluate, train_one_epoch
@@ -180,7 +178,7 @@ from models import build_model
 from models.denoising import build_denoising
 from models.position_encoding import LEARNED_CELLS, OLD_NAMES, POSITION_EMBEDDINGS
 from models.weights import build_parts
-from util.checkpoint import count_classes, load_resumed, position
+from util.checkpoint import load_resumed, position
 from util.dist import ProcessInfo, broadcast_buffers, distribute, is_main_process, pick_device, process_group
 from util.interruption import Interruption
 from util.logger import configure_logging, log_file, logger
@@ -255,7 +253,7 @@ def run_process(args, processes: ProcessInfo, interruption: Interruption) -> Non
     start = position(checkpoint) if checkpoint else (args.start_epoch, 0)
     obsolete = files_to_replace("" if args.eval else args.output_dir, name, start, args.overwrite)
     train_set, val_set, num_classes = build_datasets(args, checkpoint)
-    args = _changed(args, num_classes=num_classes, thing_classes=getattr(val_set, "thing_classes", None))
+    args = with_values(args, num_classes=num_classes, thing_classes=getattr(val_set, "thing_classes", None))
     val_loader = build_val_loader(val_set, args, device)
     base_ds = get_coco_api_from_dataset(val_set) if is_main_process() else None
     names = (val_set if args.eval else train_set).class_names
@@ -311,28 +309,6 @@ def log_start(args) -> None:
     logger.info(get_sha())
     changed = changed_flags(args, get_args_parser())
     logger.info(f"flags: {' '.join(f'--{name} {value}' for name, value in changed.items()) or 'the defaults'}")
-
-
-def build_datasets(args, checkpoint: dict | None) -> tuple[Dataset | None, Dataset, int]:
-    """Build the training set (None for --eval) and the validation set; return them and the number of classes.
-
-    The number is --num_classes, else the checkpoint's, else that of the annotations.
-    """
-    num_classes = args.num_classes or (count_classes(checkpoint["model"]) if checkpoint else None)
-    train_set = None
-    if not args.eval:
-        train_set = build_dataset("train", _changed(args, num_classes=num_classes))
-        num_classes = num_classes or train_set.num_classes
-    val_set = build_dataset("val", _changed(args, num_classes=num_classes))
-    if train_set:
-        if not (checkpoint or args.finetune or args.frozen_weights or args.recipe):
-            warn_of_few_images(len(train_set))
-        compare_categories(train_set.class_names, "the training data", val_set.class_names, "the validation data")
-    return train_set, val_set, num_classes or val_set.num_classes
-
-
-def _changed(args, **values) -> argparse.Namespace:
-    return argparse.Namespace(**{**vars(args), **values})
 
 
 if __name__ == "__main__":

@@ -4,13 +4,16 @@ from torch.utils.data import Dataset, Subset
 
 from datasets import coco, coco_panoptic, shapes
 from datasets.coco import build
-from util.flags import NEW_FLAGS, with_defaults
+from datasets.coco_checks import compare_categories, warn_of_few_images
+from util.checkpoint import count_classes
+from util.flags import NEW_FLAGS, with_defaults, with_values
 
 __all__ = [
     "DATASETS",
     "build",
     "build_coco",
     "build_dataset",
+    "build_datasets",
     "get_coco_api_from_dataset",
 ]
 
@@ -35,6 +38,24 @@ def build_dataset(image_set: str, args) -> Dataset:
     if args.dataset_file not in DATASETS:
         raise ValueError(f"no dataset {args.dataset_file!r}: --dataset_file is one of {', '.join(DATASETS)}")
     return DATASETS[args.dataset_file](image_set, args)
+
+
+def build_datasets(args, checkpoint: dict | None) -> tuple[Dataset | None, Dataset, int]:
+    """Build the training set (None for --eval) and the validation set; return them and the number of classes.
+
+    The number is --num_classes, else the checkpoint's, else that of the annotations.
+    """
+    num_classes = args.num_classes or (count_classes(checkpoint["model"]) if checkpoint else None)
+    train_set = None
+    if not args.eval:
+        train_set = build_dataset("train", with_values(args, num_classes=num_classes))
+        num_classes = num_classes or train_set.num_classes
+    val_set = build_dataset("val", with_values(args, num_classes=num_classes))
+    if train_set:
+        if not (checkpoint or args.finetune or args.frozen_weights or args.recipe):
+            warn_of_few_images(len(train_set))
+        compare_categories(train_set.class_names, "the training data", val_set.class_names, "the validation data")
+    return train_set, val_set, num_classes or val_set.num_classes
 
 
 def get_coco_api_from_dataset(dataset: Dataset):

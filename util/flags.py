@@ -42,6 +42,11 @@ def with_defaults(args: Any, defaults: Mapping[str, Any]) -> argparse.Namespace:
     return argparse.Namespace(**{**defaults, **own})
 
 
+def with_values(args: argparse.Namespace, **values) -> argparse.Namespace:
+    """Return a copy of the flags, with other values for some."""
+    return argparse.Namespace(**{**vars(args), **values})
+
+
 def check_numbers(flags: Mapping[str, Any], at_least: Mapping[str, float]) -> None:
     """Raise ValueError, naming flag and value, for NaN and infinities, and for values below those of `at_least`."""
     for name, value in flags.items():
