@@ -50,10 +50,11 @@ def voc(tmp_path):
     return root
 
 
-def test_voc_keeps_its_parts_and_links_its_images(voc, tmp_path):
+def test_voc_keeps_its_parts_and_links_its_images(voc, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     for part, names in (("train", "a\n"), ("val", "b 1\n"), ("test", "c\n"), ("trainval", "a\nb\n")):
         (voc / "ImageSets/Main" / f"{part}.txt").write_text(names)
-    parts = convert(tmp_path / "out", "--voc", voc)
+    parts = convert(tmp_path / "out", "--voc", "voc")
     assert set(parts) == {"train2017", "val2017", "test2017"}
     assert boxes(parts["train2017"]) == [("a.jpg", "cat", [10, 5, 20, 20])]
     assert boxes(parts["val2017"]) == [("b.jpg", "cat", [10, 5, 20, 20]), ("b.jpg", "dog", [0, 0, 64, 48])]
@@ -66,7 +67,9 @@ def test_a_source_without_a_validation_part_is_split_repeatably(voc, tmp_path):
     parts = convert(tmp_path / "out", "--voc", voc, "--val_share", "0.34")
     names = {part: {image["file_name"] for image in content["images"]} for part, content in parts.items()}
     assert len(names["val2017"]) == 1 and names["train2017"] | names["val2017"] == {"a.jpg", "b.jpg", "c.jpg"}
-    assert convert(tmp_path / "again", "--voc", voc, "--val_share", "0.34") == parts
+    many = {"images": [{"id": i} for i in range(100)], "annotations": []}
+    assert import_data.split(many, 0.2, seed=0) == import_data.split(many, 0.2, seed=0)
+    assert import_data.split(many, 0.2, seed=0) != import_data.split(many, 0.2, seed=1)
     assert exit_status(lambda: import_data.main(["--voc", str(voc), "--output", str(tmp_path / "no"), "--val_share",
                                                  "1"])) == 2  # fmt: skip
 

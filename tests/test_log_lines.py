@@ -26,7 +26,7 @@ def train(batches=2, epochs_left=1):
 def terminal(monkeypatch, capsys):
     def lines(columns, epochs_left=1):
         monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
-        monkeypatch.setattr(shutil, "get_terminal_size", lambda: shutil.os.terminal_size((columns, 24)))
+        monkeypatch.setattr(shutil, "get_terminal_size", lambda: os.terminal_size((columns, 24)))
         train(2, epochs_left)
         return [line for line in capsys.readouterr().out.splitlines() if "Total" not in line]
 
@@ -41,6 +41,15 @@ def test_line_on_a_terminal_fits_its_width_and_120_columns(terminal, columns):
     assert all("Epoch: [3]" in line and "loss 12.50" in line and "eta" in line for line in lines)
     whole = {"ce 1.00", "bbox 2.00", "giou 3.00", "error 50.0", "img/s"}
     assert columns == 80 or all(whole == {part for part in whole if part in line} for line in lines)
+
+
+@pytest.mark.parametrize("columns, longest", [(80, 79), (200, 120)])
+def test_short_line_has_as_many_parts_as_fit(columns, longest, monkeypatch):
+    monkeypatch.setattr(shutil, "get_terminal_size", lambda: os.terminal_size((columns, 24)))
+    metrics = MetricLogger()
+    assert len(metrics.short_line(["x"] * 100)) == longest - (longest - 1) % 3
+    assert metrics.short_line(["x" * longest, "y"]) == "x" * longest
+    assert metrics.short_line(["x" * (longest + 1), "y"]) == "y"
 
 
 def test_line_of_an_evaluation_on_a_terminal_is_short_too(terminal):

@@ -35,7 +35,8 @@ def test_command_line_without_a_recipe_has_the_published_defaults():
 
 
 def test_command_line_names_the_flags_it_gives_even_where_they_are_the_defaults():
-    assert read("--recipe demo --nheads 8 --allow large_images").given_flags == ["nheads", "allow", "recipe"]
+    args = read("--recipe demo --lr_backbone 0 --nheads 8 --allow large_images")
+    assert args.given_flags == ["lr_backbone", "nheads", "allow", "recipe"]
 
 
 def test_recipe_that_does_not_exist_is_refused_with_those_that_do(capsys):

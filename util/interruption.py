@@ -47,18 +47,14 @@ class Interruption:
     @contextmanager
     def deferred(self) -> Iterator[None]:
         """Record signals until the end of this context, and end the process then if `requested` was not asked."""
-        self._leave_if_received()  # Python may have ignored the SystemExit of an earlier signal, as it does in __del__
         with nullcontext() if self.previous else self:
             self.is_deferred = True
             try:
                 yield
             finally:
                 self.is_deferred = False
-            self._leave_if_received()
-
-    def _leave_if_received(self) -> None:
-        if self.received:
-            self.leave(self.received)
+            if self.received:  # here, or earlier where Python ignored the SystemExit, as it does in __del__
+                self.leave(self.received)
 
     def _record(self, number: int, _: FrameType | None) -> None:
         if os.getpid() != self.process:  # a child of this process, before it has its own handlers
