@@ -170,6 +170,7 @@ import torch
 from torch.distributed.elastic.multiprocessing.errors import record
 
 from datasets import build_dataset, build_datasets, get_coco_api_from_dataset
+from datasets.class_metrics import write_classes
 from datasets.coco_backends import pick_backend
 from datasets.coco_eval import write_evaluation
 from datasets.loaders import build_train_loader, build_val_loader
@@ -266,6 +267,7 @@ def run_process(args, processes: ProcessInfo, interruption: Interruption) -> Non
     if args.eval:
         _, evaluator = evaluate(model, *evaluation, **options)
         write_evaluation(evaluator, args.output_dir, "eval.pth")
+        write_classes(evaluator, args.output_dir)
         return
 
     train_loader = build_train_loader(train_set, args, device)

@@ -20,6 +20,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from datasets.coco_index import read_coco_index
 from datasets.images import allow_large_images, read_upright
+from datasets.json_file import read_json
 from tools.predictor import HUB_NAMES, Detections, Predictor, as_tensor
 from tools.results import OutputFolder, summary
 from util.cli import exit_status
@@ -37,7 +38,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--checkpoint", help="file or URL; written by training, or in DETR's published format")
     add("--model", choices=HUB_NAMES, help="a published model: for its weights, or for a file that names no model")
     add("--annotations", help="COCO file that gives class names, and image ids for the result file")
-    add("--threshold", type=float, help="lowest score that is kept (default: 0.5; panoptic segments 0.85)")
+    add("--threshold", help="lowest score that is kept (default: 0.5; panoptic segments 0.85), or the report.json of "
+        "tools/report.py, whose best threshold is used")
     add("--show", choices=("boxes", "masks", "panoptic", "none"),
         help="what to draw (default: all that the model gives); none: only the result files, for speed")
     add("--output", default="predictions", help="folder to write (default: predictions)")
@@ -66,6 +68,19 @@ def check_flags(args: argparse.Namespace) -> None:
         raise ValueError(f"--threshold {args.threshold}: a score between 0 and 1")
     if not (args.checkpoint or args.model):
         raise ValueError(f"which model? Give --checkpoint FILE, or --model, one of {', '.join(HUB_NAMES)}")
+
+
+def read_threshold(text: str | None) -> float | None:
+    """Return the number that --threshold gives, or the best threshold of the report that it names."""
+    if text is None:
+        return None
+    try:
+        return float(text)
+    except ValueError:
+        report = read_json(text)
+    if not isinstance(report, dict) or "best" not in report:
+        raise ValueError(f"--threshold {text}: neither a number nor a report of boxes or masks by tools/report.py")
+    return report["best"]["threshold"]
 
 
 def find_images(inputs: Sequence[str]) -> dict[Path, str]:
@@ -200,6 +215,7 @@ def build_predictor(args: argparse.Namespace) -> Predictor:
 def main(argv: list[str] | None = None) -> int:
     """Predict; return 1 if there is no prediction for some images."""
     args = get_args_parser().parse_args(argv)
+    args.threshold = read_threshold(args.threshold)
     check_flags(args)
     images = find_images(args.inputs)
     inside = [path for path in images if Path(args.output).resolve() in path.resolve().parents]

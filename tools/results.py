@@ -47,15 +47,19 @@ def summary(detections: Detections) -> str:
 
 def figure(picture: Image.Image, title: str, text: str) -> str:
     """Make one entry of the HTML page, with the image embedded."""
-    file = io.BytesIO()
     thumbnail = picture if max(picture.size) <= THUMBNAIL else fit(picture, THUMBNAIL)[0]
-    thumbnail.save(file, "JPEG", quality=85)
-    data = base64.b64encode(file.getvalue()).decode()
     title, text = html.escape(printable(title)), html.escape(text)
     return (
-        f'<figure><img alt="{title}" src="data:image/jpeg;base64,{data}"><figcaption><b>{title}</b><br>{text}'
+        f'<figure><img alt="{title}" src="{embedded(thumbnail)}"><figcaption><b>{title}</b><br>{text}'
         "</figcaption></figure>"
     )
+
+
+def embedded(picture: Image.Image) -> str:
+    """Encode a picture as the address of an HTML image."""
+    file = io.BytesIO()
+    picture.save(file, "JPEG", quality=85)
+    return f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}"
 
 
 def page(figures: Sequence[str], title: str) -> str:
