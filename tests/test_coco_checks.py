@@ -7,13 +7,12 @@ import pytest
 import torch
 from PIL import Image
 
-import main
-from datasets import build_dataset
+from datasets import build_dataset, build_datasets
 from datasets.coco_api import index_coco
 from datasets.coco_checks import compare_categories, warn_of_few_images
 from datasets.coco_eval import CocoEvaluator
 from datasets.json_file import read_json, write_json
-from tests.helpers import parse
+from tests.helpers import parse, write_coco
 
 
 def change(root, edit, part="train"):
@@ -83,7 +82,7 @@ def test_categories_of_other_names_are_named_in_one_warning(caplog):
 
 def test_training_and_validation_categories_are_compared(coco_root, caplog):
     change(coco_root, lambda c: c["categories"][0].update(name="bird"), "val")
-    main.build_datasets(parse(f"--coco_path {coco_root}"), None)
+    build_datasets(parse(f"--coco_path {coco_root}"), None)
     assert "1 is cat in the training data and bird in the validation data" in caplog.text
 
 
@@ -156,3 +155,14 @@ def test_few_training_images_are_warned_of(caplog):
     assert not caplog.text
     warn_of_few_images(999)
     assert "999 training images" in caplog.text and "--finetune" in caplog.text
+
+
+def test_number_of_classes_is_that_of_the_training_data_unless_a_flag_or_a_checkpoint_says_more(tmp_path):
+    for part, label in (("train", 5), ("val", 2)):
+        write_coco(tmp_path, part, [1], [(1, label, [4, 4, 9, 9], {})], [{"id": label, "name": "cat"}])
+    args = parse(f"--coco_path {tmp_path}")
+    assert build_datasets(args, None)[2] == 6
+    assert build_datasets(args, {"model": {"class_embed.bias": torch.zeros(8)}})[2] == 7
+    assert build_datasets(parse(f"--coco_path {tmp_path} --num_classes 9"), None)[2] == 9
+    train_set, _, num_classes = build_datasets(parse(f"--coco_path {tmp_path} --eval"), None)
+    assert train_set is None and num_classes == 3

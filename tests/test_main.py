@@ -303,7 +303,9 @@ def test_resume_auto_starts_anew_where_there_is_nothing(finished, tmp_path):
 def test_evaluating_a_checkpoint_gives_the_ap_it_was_saved_with(finished, tmp_path):
     root, flags = finished
     run(f"{flags} --eval --resume {root}/whole/checkpoint.pth --output_dir {tmp_path} --batch_size 3")
-    assert {p.name for p in tmp_path.iterdir()} == {"eval.pth", "predictions_bbox.json", "messages.log"}
+    assert {p.name for p in tmp_path.iterdir()} == {
+        "eval.pth", "predictions_bbox.json", "classes_bbox.csv", "messages.log"
+    }  # fmt: skip
     precision = torch.load(tmp_path / "eval.pth", weights_only=True)["precision"]
     ap = precision[:, :, :, 0, -1]
     assert ap[ap > -1].mean().item() == pytest.approx(log_of(root / "whole")[-1]["test_coco_eval_bbox"][0])
