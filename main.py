@@ -257,8 +257,7 @@ def run_process(args, processes: ProcessInfo, interruption: Interruption) -> Non
     args = with_values(args, num_classes=num_classes, thing_classes=getattr(val_set, "thing_classes", None))
     val_loader = build_val_loader(val_set, args, device)
     base_ds = get_coco_api_from_dataset(val_set) if is_main_process() else None
-    names = (val_set if args.eval else train_set).class_names
-    model, criterion, postprocessors = build_parts(args, device, checkpoint, name, names)
+    model, criterion, postprocessors = build_parts(args, device, checkpoint, name, (train_set or val_set).class_names)
     if args.compile:
         compile_network(model)
     evaluation = (criterion, postprocessors, val_loader, base_ds, device, args.output_dir)

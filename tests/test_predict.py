@@ -549,3 +549,14 @@ def test_pictures_of_a_run_on_data_without_coco_files_are_refused_in_a_sentence(
     monkeypatch.setattr(show_predictions, "build_dataset", lambda part, args: [])
     with pytest.raises(ValueError, match="not read from COCO's files: give the four file flags"):
         show_predictions.files_of_run(tmp_path)
+
+
+def test_threshold_is_a_number_or_the_best_one_of_a_report(tmp_path):
+    (tmp_path / "report.json").write_text('{"best": {"threshold": 0.42}}')
+    assert predict.read_threshold(str(tmp_path / "report.json")) == 0.42
+    assert predict.read_threshold("0.3") == 0.3 and predict.read_threshold(None) is None
+    (tmp_path / "other.json").write_text("[]")
+    with pytest.raises(ValueError, match="other.json: neither a number nor a report"):
+        predict.read_threshold(str(tmp_path / "other.json"))
+    with pytest.raises(FileNotFoundError):
+        predict.read_threshold("half")
