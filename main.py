@@ -143,6 +143,8 @@ def get_args_parser() -> argparse.ArgumentParser:
         help="write checkpoint.pth every so many steps too; 0: after each epoch, and when the run is stopped")
     add("--on_bad_image", default="stop", choices=("stop", "skip"),
         help="when a training image cannot be read: save and stop, or use the next one")
+    add("--tensorboard", action="store_true",
+        help="write losses, metrics and example pictures to OUTPUT_DIR/tensorboard (pip install tensorboard)")
     add("--print_freq", default=10, type=int, help="steps between log lines")
     add("--num_workers", default=2, type=int, help="data loading processes, per training process")
 
@@ -213,6 +215,7 @@ def check_flags(args) -> None:
         (not args.eval and args.start_epoch >= args.epochs,
             f"--start_epoch {args.start_epoch} of --epochs {args.epochs}: nothing would be trained; give more epochs"),
         (args.resume == "auto" and not args.output_dir, "--resume auto looks in --output_dir: give one"),
+        (args.tensorboard and not args.output_dir, "--tensorboard writes to --output_dir: give one"),
         (args.finetune and args.resume not in ("", "auto"), "--finetune starts a run, --resume continues: choose one"),
         (args.finetune and args.frozen_weights, "--finetune and --frozen_weights both give weights: choose one"),
         (args.finetune and args.eval, "--finetune is for training; --eval takes a whole model: use --resume"),

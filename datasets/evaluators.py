@@ -12,11 +12,13 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.utils.data import Subset
+from torch.utils.data import Dataset, Subset
 
 from datasets.coco_eval import CocoEvaluator
 from datasets.detection_stats import DetectionStats
+from datasets.examples import ExamplePictures
 from datasets.panoptic_eval import PanopticEvaluator
+from util.tensorboard import EXAMPLES
 
 
 @dataclass
@@ -79,9 +81,7 @@ def panoptic_quality(postprocessors: dict, data_loader, base_ds, output_dir, coc
     """PQ, where there is a panoptic post-processor; the maps are written to `output_dir`/panoptic_eval."""
     if "panoptic" not in postprocessors:
         return None
-    dataset = data_loader.dataset
-    while isinstance(dataset, Subset):
-        dataset = dataset.dataset
+    dataset = _whole(data_loader.dataset)
     folder = Path(output_dir) / "panoptic_eval" if output_dir else None
     outside = "outside_paths" in getattr(dataset, "allow", ())
     evaluator = PanopticEvaluator(dataset.ann_file, dataset.ann_folder, folder, outside)
@@ -93,8 +93,28 @@ def detection_stats(postprocessors: dict, data_loader, base_ds, output_dir, coco
     return DetectionStats()
 
 
+def example_pictures(postprocessors: dict, data_loader, base_ds, output_dir, coco_backend) -> ExamplePictures | None:
+    """Draw the first images for TensorBoard, where its folder exists (`--tensorboard`)."""
+    folder = Path(output_dir) / "tensorboard"
+    if not output_dir or not folder.is_dir():
+        return None
+    return ExamplePictures(folder / EXAMPLES, getattr(_whole(data_loader.dataset), "class_names", {}))
+
+
+def _whole(dataset: Dataset) -> Dataset:
+    """Return the dataset that a Subset was taken from."""
+    while isinstance(dataset, Subset):
+        dataset = dataset.dataset
+    return dataset
+
+
 # Functions that build an evaluator, or return None where its metric does not apply. A metric of your own is one more.
-EVALUATORS = {"coco": box_and_mask_ap, "panoptic": panoptic_quality, "detections": detection_stats}
+EVALUATORS = {
+    "coco": box_and_mask_ap,
+    "panoptic": panoptic_quality,
+    "detections": detection_stats,
+    "examples": example_pictures,
+}
 
 
 def build_evaluators(

@@ -14,7 +14,7 @@ TOOLS = (benchmark, check_dataset, draw_panoptic, import_data, predict, report, 
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *(ROOT / ".github").glob("*.md")])
 NOT_OURS = {  # flags of other programs in the pages' commands
     "--nproc_per_node", "--nnodes", "--max-restarts", "--rdzv-backend", "--rdzv-endpoint", "--ntasks-per-node",
-    "--kill-on-bad-exit", "--kills", "--durations",
+    "--kill-on-bad-exit", "--kills", "--durations", "--logdir",
 }  # fmt: skip
 
 

@@ -2,8 +2,10 @@
 
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch.utils.data import DataLoader, Dataset, Subset
 
 import datasets
@@ -82,3 +84,26 @@ def test_panoptic_quality_is_logged_by_group():
     quality = evaluators.PanopticQuality(None, SimpleNamespace(summarize=lambda: result))
     assert quality.summarize() == {"PQ_all": {"pq": 0.1}, "PQ_th": {"pq": 0.2}, "PQ_st": {"pq": 0.3}}
     assert evaluators.PanopticQuality(None, SimpleNamespace(summarize=lambda: None)).summarize() == {}
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "float32"])
+def test_examples_are_the_pixels_with_annotated_and_detected_boxes(coco_root, dtype, tmp_path):
+    data = build_dataset("val", parse(f"--coco_path {coco_root} --image_dtype {dtype} --min_size 48 --max_size 64"))
+    samples, targets = next(iter(DataLoader(data, 3, collate_fn=collate_fn)))
+    assert "examples" not in build_evaluators({"bbox": 0}, DataLoader(data), None, str(tmp_path))
+    (tmp_path / "tensorboard").mkdir()
+    drawn = build_evaluators({"bbox": 0}, DataLoader(data), None, str(tmp_path))["examples"]
+    batch = Batch({}, samples, targets)
+    box = torch.tensor([[16.0, 12.0, 48.0, 36.0], [0, 0, 5, 5]])  # the second has a low score
+    found = {"boxes": box, "labels": torch.tensor([1, 1]), "scores": torch.tensor([0.9, 0.2])}
+    drawn.update(dict.fromkeys(batch.image_ids, found), batch)
+    assert drawn.summarize() == {}
+    picture = np.asarray(Image.open(tmp_path / "tensorboard/examples.png")).astype(int)
+    assert picture.shape == (2 * 300, 3 * 404, 3)
+    yellow = (picture[300:600, :400] == [255, 255, 0]).all(-1)
+    rows, columns = np.nonzero(yellow)
+    assert abs(rows.min() - 75) < 3 and abs(rows.max() - 225) < 5  # within the border's width
+    assert abs(columns.min() - 100) < 3 and abs(columns.max() - 300) < 5
+    image = np.asarray(Image.open(coco_root / "val2017/000000000021.jpg").resize((400, 300), Image.Resampling.BILINEAR))
+    inside = (slice(10, 60), slice(330, 390))
+    assert np.abs(picture[300:600, :400][inside] - image[inside]).mean() < 3

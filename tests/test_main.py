@@ -238,7 +238,7 @@ def test_a_crash_in_the_evaluation_costs_no_training(finished, monkeypatch, tmp_
 def test_a_row_whose_checkpoint_was_never_written_is_written_once(finished, monkeypatch, tmp_path):
     root, flags = finished
     with monkeypatch.context() as patch, pytest.raises(KeyError, match="killed"):
-        patch.setattr(Run, "_draw_curves", lambda _: {}["killed"])
+        patch.setattr(Run, "_draw", lambda *_: {}["killed"])
         run(f"{flags} --output_dir {tmp_path}")
     assert len(log_of(tmp_path)) == 1
     run(f"{flags} --output_dir {tmp_path} --resume auto")
@@ -582,3 +582,25 @@ def test_resume_from_a_checkpoint_that_lacks_what_can_be_done_without_continues(
     torch.save({**state, **change}, tmp_path / "odd.pth")
     run(f"{flags} --resume {tmp_path / 'odd.pth'} --output_dir {tmp_path}/out --epochs 4")
     assert [row["epoch"] for row in log_of(tmp_path / "out")] == [3]
+
+
+def test_tensorboard_gets_every_row_and_the_example_pictures(coco_root, tmp_path):
+    accumulator = pytest.importorskip(
+        "tensorboard.backend.event_processing.event_accumulator", reason="needs tensorboard: pip install tensorboard"
+    )
+    flags = f"{TINY} --coco_path {coco_root} --batch_size 2 --augment flip --output_dir {tmp_path} --tensorboard"
+    run(f"{flags} --epochs 1")
+    run(f"{flags} --epochs 2 --resume auto")
+    events = accumulator.EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    rows = log_of(tmp_path)
+    for tag, read in (
+        ("train/loss", lambda row: row["train_loss"]),
+        ("test/loss_ce", lambda row: row["test_loss_ce"]),
+        ("train/lr", lambda row: row["train_lr"]),
+        ("AP50/box", lambda row: row["test_coco_eval_bbox"][1]),
+    ):
+        assert [event.step for event in events.Scalars(tag)] == [0, 1]
+        assert [event.value for event in events.Scalars(tag)] == pytest.approx([read(row) for row in rows], rel=1e-5)
+    pictures = events.Images("examples")
+    assert [picture.step for picture in pictures] == [0, 1]
+    assert pictures[0].width == 3 * (400 + 4) and pictures[0].height == 2 * 300 + 2  # three images and their gaps

@@ -26,6 +26,7 @@ from util.origin import differences
 from util.output_dir import append_row, truncate_log
 from util.random_state import random_state, restore_random_state
 from util.safe_load import first_line
+from util.tensorboard import TensorBoard
 
 
 @dataclass
@@ -50,6 +51,7 @@ class Run:
     images_per_step: int = 1  # of all processes together
     ema: AveragedModel | None = None  # a moving average of the weights, which is evaluated in their place
     training_only: nn.Module | None = None  # parameters beside the model
+    tensorboard: TensorBoard | None = None
     epoch: int = 0  # the current one, from 0
     seen: int = 0  # images of it that all processes together have trained on
     best: float = -1.0  # AP (or PQ) of the best epoch
@@ -67,8 +69,7 @@ class Run:
         loader.dataset.set_epoch(self.epoch)
         batches.set_epoch(self.epoch, self.seen)
         self._images, self._images_per_batch = batches.length, batches.images_per_step
-        self._batches_left, self._first = len(batches), self.seen
-        self._begin = time.perf_counter()
+        self._batches_left, self._first, self._begin = len(batches), self.seen, time.perf_counter()
         with self.interruption.deferred():
             try:
                 yield
@@ -125,7 +126,7 @@ class Run:
             names.append(BEST)
         if self.output_dir and is_main_process():
             append_row(self.output_dir / "log.txt", row)
-            self._draw_curves()
+            self._draw(row)
         self.save(*names, "checkpoint.pth")  # last: with it, the epoch counts as done
         logger.info(table_line(row, time.perf_counter() - self._begin, self.best))
 
@@ -204,13 +205,15 @@ class Run:
             warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")
             self.lr_scheduler.step()
 
-    def _draw_curves(self) -> None:
+    def _draw(self, row: dict) -> None:
         try:
             from util.plot_utils import draw_curves  # here: matplotlib's import takes half a second
 
             draw_curves(self.output_dir)
+            if self.tensorboard:
+                self.tensorboard.write(row)
         except Exception as error:  # a picture must not end a training
-            logger.warning(f"{self.output_dir}/curves.png could not be drawn: {error}")
+            logger.warning(f"{self.output_dir}: curves.png or TensorBoard's log could not be written: {error}")
 
     def _leave_if_asked(self, saved: bool = False) -> None:
         signal = self.interruption.requested()
@@ -265,20 +268,16 @@ class Run:
 
 
 def build_run(
-    args,
-    model: nn.Module,
-    train_loader: DataLoader,
-    class_names: dict[int, str],
-    training_only: nn.Module | None = None,
-    interruption: Interruption | None = None,
-) -> Run:
+    args, model: nn.Module, train_loader: DataLoader, class_names: dict[int, str],
+    training_only: nn.Module | None = None, interruption: Interruption | None = None,
+) -> Run:  # fmt: skip
     """Build the state of a training run at its beginning."""
     every_step = args.lr_schedule != "step" or args.warmup_steps > 0
     steps_per_epoch = math.ceil(len(train_loader) / args.accum_steps) if every_step else 0
     optimizer = build_optimizer(args, model, training_only)
-    ema = None
-    if args.ema_decay:
-        ema = AveragedModel(model, multi_avg_fn=moving_average(args.ema_decay), use_buffers=True)
+    ema = (
+        AveragedModel(model, multi_avg_fn=moving_average(args.ema_decay), use_buffers=True) if args.ema_decay else None
+    )
     return Run(
         model,
         optimizer,
@@ -295,6 +294,7 @@ def build_run(
         images_per_step=train_loader.batch_sampler.images_per_step * args.accum_steps,
         ema=ema,
         training_only=training_only,
+        tensorboard=TensorBoard(Path(args.output_dir) / "tensorboard") if args.tensorboard else None,
         epoch=args.start_epoch,
         interruption=interruption or Interruption(),
     )
