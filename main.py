@@ -15,7 +15,7 @@ from util.recipes import RECIPES, parse_args
 # fmt: off
 AT_LEAST = dict.fromkeys((  # the least value of each number; check_flags keeps dropout and ema_decay below 1
     "lr", "lr_backbone", "weight_decay", "clip_max_norm", "enc_layers", "dropout", "ema_decay", "denoising_groups",
-    "warmup_steps", "start_epoch", "save_every_steps", "num_workers", "seed", "shapes_seed", "eos_coef",
+    "warmup_steps", "start_epoch", "patience", "save_every_steps", "num_workers", "seed", "shapes_seed", "eos_coef",
     "set_cost_class", "set_cost_bbox", "set_cost_giou", "denoising_box_noise", "denoising_label_noise",
     "mask_loss_coef", "dice_loss_coef", "bbox_loss_coef", "giou_loss_coef",
 ), 0) | dict.fromkeys((
@@ -42,15 +42,17 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--tf32", action="store_true",
         help="let float32 products on a GPU round their inputs to TF32, 10 bits of fraction")
     add("--compile", action="store_true", help="compile the network (torch.compile)")
+    add("--checkpoint_activations", action="store_true",
+        help="compute inner results of the blocks again in the backward pass: less memory, more time")
 
     add = _group(parser, "backbone")
     add("--backbone", default="resnet50", type=str,
-        help="a ResNet of torchvision: resnet18 to resnet152, resnext50_32x4d, wide_resnet50_2...")
+        help="a ResNet of torchvision: resnet18 to resnet152, resnext50_32x4d, wide_resnet50_2..., or timm/NAME")
     add("--dilation", action="store_true", help="stride 16 instead of 32 in the last stage (DC5; resnet50 and deeper)")
     add("--position_embedding", default="sine", type=str,
         help="sine or learned: kind of position encoding (models/position_encoding.py)")
-    add("--backbone_weights", default=new["backbone_weights"], metavar="imagenet|none|PATH",
-        help="torchvision's ImageNet V1 weights, random ones, or a state dict in torchvision's names")
+    add("--backbone_weights", default=new["backbone_weights"], metavar="imagenet|imagenet_v2|none|PATH",
+        help="torchvision's ImageNet V1 or V2 weights, random ones, or a state dict in torchvision's names")
     add("--backbone_norm", default=new["backbone_norm"], choices=("frozen", "batch"),
         help="frozen: statistics and affine stay as loaded; batch: trained, as is every layer (to train from scratch)")
 
@@ -107,8 +109,11 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--min_size", default=new["min_size"], type=int,
         help="shortest side at evaluation; all training sizes scale with it")
     add("--max_size", default=new["max_size"], type=int, help="longest side at most, in pixels")
-    add("--augment", default=new["augment"], choices=("full", "flip", "none"),
-        help="full: the published flips, sizes and crops; flip: only flips, at the evaluation's size; none: neither")
+    add("--augment", default=new["augment"], choices=("full", "strong", "flip", "none"),
+        help="full: the published flips, sizes and crops; strong: more of them, and changes of colour; flip: only "
+        "flips, at the evaluation's size; none: neither")
+    add("--class_balance", default=new["class_balance"], choices=("none", "weights", "repeat"),
+        help="for rare classes: weights: a larger weight in the loss; repeat: images with them are drawn more often")
     add("--image_dtype", default="uint8", choices=("uint8", "float32"),
         help="uint8: images reach the device as bytes and the model normalises them; float32: the loader does")
     add("--allow", action="append", default=[], choices=("large_images", "outside_paths"),
@@ -133,6 +138,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--start_epoch", default=0, type=int, metavar="N", help="first epoch; a checkpoint that is resumed has its own")
     add("--eval", action="store_true", help="evaluate only")
     add("--eval_every", default=1, type=int, help="evaluate after every so many epochs, and after the last")
+    add("--patience", default=0, type=int, help="end after so many evaluations without a better score; 0: never")
     add("--eval_padding_free", action="store_true",
         help="batch only images of equal size at evaluation, so that the batch size does not change the AP")
     add("--coco_eval", default="auto", choices=("auto", "hotcoco", "pycocotools", "faster"),
@@ -164,14 +170,13 @@ def _group(parser: argparse.ArgumentParser, title: str):
 if __name__ == "__main__":
     FLAGS = parse_args(command_line(__doc__, get_args_parser()))
 
-import time
-from datetime import timedelta
 from pathlib import Path
 
 import torch
 from torch.distributed.elastic.multiprocessing.errors import record
 
 from datasets import build_dataset, build_datasets, get_coco_api_from_dataset
+from datasets.class_balance import class_weights
 from datasets.class_metrics import write_classes
 from datasets.coco_backends import pick_backend
 from datasets.coco_eval import write_evaluation
@@ -181,6 +186,7 @@ from models import build_model
 from models.denoising import build_denoising
 from models.position_encoding import LEARNED_CELLS, OLD_NAMES, POSITION_EMBEDDINGS
 from models.weights import build_parts
+from util.build_run import build_run
 from util.checkpoint import load_resumed, position
 from util.dist import ProcessInfo, broadcast_buffers, distribute, is_main_process, pick_device, process_group
 from util.interruption import Interruption
@@ -189,7 +195,6 @@ from util.optim import SHAPES
 from util.origin import describe
 from util.output_dir import files_to_replace, locked, make_folder
 from util.project import get_sha
-from util.run import build_run
 
 __all__ = ["build_dataset", "build_model", "get_args_parser", "get_coco_api_from_dataset", "main"]
 
@@ -272,6 +277,8 @@ def run_process(args, processes: ProcessInfo, interruption: Interruption) -> Non
         write_classes(evaluator, args.output_dir)
         return
 
+    if args.class_balance == "weights":
+        criterion.empty_weight[:-1] = torch.tensor(class_weights(train_set))
     train_loader = build_train_loader(train_set, args, device)
     network, train_criterion, training_only = build_denoising(args, model, criterion)
     run = build_run(args, model, train_loader, train_set.class_names, training_only, interruption)
@@ -280,8 +287,7 @@ def run_process(args, processes: ProcessInfo, interruption: Interruption) -> Non
     logger.info(f"{run.trainable_parameters()} trainable parameters; {args.epochs} epochs, {run.epoch} of them done")
     for path in obsolete:
         path.unlink()
-    begin = time.perf_counter()
-    for epoch in range(run.epoch, args.epochs):
+    for epoch in run.epochs():
         with run.training(train_loader):
             train_stats = train_one_epoch(
                 network, train_criterion, train_loader, run.optimizer, device, epoch, args.clip_max_norm,
@@ -295,7 +301,6 @@ def run_process(args, processes: ProcessInfo, interruption: Interruption) -> Non
             numbered = [f"eval/{epoch:03}.pth"] if epoch % 50 == 0 else []
             write_evaluation(evaluator, args.output_dir, "eval/latest.pth", *numbered)
         run.finish_epoch(train_stats, test_stats)
-    logger.info(f"Training time {timedelta(seconds=int(time.perf_counter() - begin))}")
 
 
 def set_up(args, processes: ProcessInfo) -> Path | None:

@@ -25,7 +25,8 @@ from util.text import printable
 # The published recipe, for a shortest side of 800; other sizes scale it.
 TRAIN_SCALES = tuple(range(480, 801, 32))
 CROP_SOURCES, CROP_SIDES = (400, 500, 600), (384, 600)
-AUGMENTS = ("full", "flip", "none")
+STRONG_SCALES, STRONG_CROP_SIDES = tuple(range(320, 801, 32)), (256, 600)  # of --augment strong
+AUGMENTS = ("full", "strong", "flip", "none")
 IMAGE_DTYPES = ("float32", "uint8")
 ALLOWED = ("large_images", "outside_paths")  # what --allow may name
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, as the backbone's weights expect
@@ -187,8 +188,9 @@ def make_coco_transforms(
     """Build the published augmentation for `train`, and the fixed resize for `val`.
 
     `min_size` is the shortest side at evaluation and the largest one in training; the other training sizes keep
-    their proportion to it. `augment` is "full", "flip" (only flips, at the evaluation's size) or "none". Images come
-    out as "float32", normalised with ImageNet's mean and deviation, or as "uint8", which the model normalises itself.
+    their proportion to it. `augment` is "full", "strong" (more sizes and crops, and changes of colour), "flip" (only
+    flips, at the evaluation's size) or "none". Images come out as "float32", normalised with ImageNet's mean and
+    deviation, or as "uint8", which the model normalises itself.
     """
     for value, known in ((image_set, ("train", "val")), (augment, AUGMENTS), (image_dtype, IMAGE_DTYPES)):
         if value not in known:
@@ -197,19 +199,22 @@ def make_coco_transforms(
         raise ValueError(f"min_size {min_size}, max_size {max_size}: at least 1, and max_size not below min_size")
     steps = [T.RandomResize([min_size], max_size)]
     if image_set == "train" and augment == "full":
-        steps = [T.RandomHorizontalFlip(), _random_sizes(min_size / 800, max_size)]
+        steps = [T.RandomHorizontalFlip(), _random_sizes(min_size / 800, max_size, TRAIN_SCALES, CROP_SIDES)]
+    elif image_set == "train" and augment == "strong":
+        sizes = _random_sizes(min_size / 800, max_size, STRONG_SCALES, STRONG_CROP_SIDES)
+        steps = [T.RandomHorizontalFlip(), T.RandomColours(), sizes]
     elif image_set == "train" and augment == "flip":
         steps = [T.RandomHorizontalFlip(), *steps]
     last = [T.RelativeBoxes()] if image_dtype == "uint8" else [T.ToTensor(), T.Normalize(MEAN, STD)]
     return T.Compose([T.PILToTensor(), *steps, *last])
 
 
-def _random_sizes(scale: float, max_size: int) -> T.RandomSelect:
-    """Build the paper's random resize, half of the time after a random crop; `scale` multiplies the published sizes."""
-    resize = T.RandomResize([round(side * scale) for side in TRAIN_SCALES], max_size)
+def _random_sizes(scale: float, max_size: int, scales: Iterable[int], crop_sides: Iterable[int]) -> T.RandomSelect:
+    """Build the paper's random resize, half of the time after a random crop; `scale` multiplies all sizes."""
+    resize = T.RandomResize([round(side * scale) for side in scales], max_size)
     crop = [
         T.RandomResize([round(side * scale) for side in CROP_SOURCES]),
-        T.RandomSizeCrop(*(round(side * scale) for side in CROP_SIDES)),
+        T.RandomSizeCrop(*(round(side * scale) for side in crop_sides)),
     ]
     return T.RandomSelect(resize, T.Compose([*crop, resize]))
 

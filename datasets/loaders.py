@@ -4,6 +4,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from datasets.batches import EvalBatches, TrainBatches
+from datasets.class_balance import repeat_rare
 from datasets.transforms import resized_size, seeded
 from util.dist import get_rank, get_world_size
 from util.interruption import worker_init
@@ -13,6 +14,8 @@ from util.nested_tensor import collate_fn
 
 def build_train_loader(train_set: Dataset, args, device: torch.device) -> DataLoader:
     """Build the loader of shuffled, augmented batches."""
+    if args.class_balance == "repeat":
+        train_set = repeat_rare(train_set, args.seed)
     batches = TrainBatches(len(train_set), args.batch_size, args.seed, get_rank(), get_world_size())
     dataset = SkipUnreadable(train_set) if args.on_bad_image == "skip" else train_set
     return _loader(SeededDataset(dataset, args.seed), batches, args.num_workers, device)

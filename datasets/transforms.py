@@ -215,6 +215,16 @@ class RandomSelect:
         return self.transforms1(img, target) if random.random() < self.p else self.transforms2(img, target)
 
 
+class RandomColours:
+    """Change brightness, contrast, saturation and hue of a uint8 tensor (torchvision's RandomPhotometricDistort)."""
+
+    def __init__(self):
+        self.distort = tv.v2.RandomPhotometricDistort()
+
+    def __call__(self, img: Tensor, target: dict | None) -> Pair:
+        return self.distort(img), target
+
+
 class RandomErasing:
     """Erase a random rectangle of a tensor image (torchvision's RandomErasing, its arguments); boxes are unchanged."""
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from models.position_encoding import build_position_encoding
 from models.resnet import FrozenBatchNorm2d, build_resnet
+from models.timm_backbone import PREFIX, TimmBackbone
 from util.checkpoint import load_checkpoint, not_finite
 from util.dist import is_main_process
 from util.flags import NEW_FLAGS, with_defaults
@@ -27,6 +28,7 @@ __all__ = [
     "load_backbone_weights",
 ]
 
+PRETRAINED = {"imagenet": "IMAGENET1K_V1", "imagenet_v2": "IMAGENET1K_V2"}  # torchvision's names of weights
 PIXEL_MEAN, PIXEL_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 # Without AVX-512 the backward pass of convolutions on a CPU is slower with channels last; everywhere else it is faster.
 CONTIGUOUS_TRAINING = torch.backends.cpu.get_cpu_capability() in ("DEFAULT", "AVX2")
@@ -93,9 +95,9 @@ class Backbone(BackboneBase):
     """A torchvision ResNet by name (resnet18 ... resnet152, resnext50_32x4d, wide_resnet50_2 ...).
 
     `dilation` keeps layer4 at stride 16 ("DC5"; not for resnet18 and 34). `weights` is "imagenet" (torchvision's V1),
-    "none" (random) or the path of a state dict in torchvision's names. `norm` is "frozen" (statistics and affine of
-    the loaded weights, never trained) or "batch": batch norm that trains, and every layer trains, for training from
-    scratch.
+    "imagenet_v2", "none" (random) or the path of a state dict in torchvision's names. `norm` is "frozen" (statistics
+    and affine of the loaded weights, never trained) or "batch": batch norm that trains, and every layer trains, for
+    training from scratch.
     """
 
     def __init__(
@@ -110,13 +112,13 @@ class Backbone(BackboneBase):
         if norm not in ("frozen", "batch"):
             raise ValueError(f"no backbone norm {norm!r}: choose frozen or batch")
         try:
-            resnet = build_resnet(name, dilation, pretrained=weights == "imagenet", frozen=norm == "frozen")
+            resnet = build_resnet(name, dilation, PRETRAINED.get(weights), frozen=norm == "frozen")
         except OSError as error:
             raise OSError(
                 f"ImageNet weights of {name} could not be downloaded ({error}); "
                 "give the path of a local copy as backbone weights, or none"
             ) from error
-        if weights not in ("imagenet", "none"):
+        if weights not in (*PRETRAINED, "none"):
             load_backbone_weights(resnet, weights)
         super().__init__(resnet, train_backbone, resnet.fc.in_features, return_interm_layers)
         if norm == "batch" and train_backbone:
@@ -130,7 +132,7 @@ def load_backbone_weights(resnet: nn.Module, path: str) -> None:
     weights. Raises FileNotFoundError, or ValueError if nothing fits or values are not finite.
     """
     if not Path(path).is_file():
-        raise FileNotFoundError(f"backbone weights {path!r}: no such file; give a path, 'imagenet' or 'none'")
+        raise FileNotFoundError(f"backbone weights {path!r}: no such file; give a path, imagenet, imagenet_v2 or none")
     loaded = load_checkpoint(path)["model"]
     if broken := not_finite(loaded):
         raise ValueError(
@@ -184,6 +186,14 @@ class Joiner(nn.Sequential):
         return NestedTensor(images.to(self.pixel_mean.dtype), mask)  # the model's type, which may be half precision
 
 
+def build_timm_backbone(flags) -> TimmBackbone:
+    """Build a backbone of timm. Raises ValueError for flags that need a ResNet of torchvision."""
+    if flags.masks or flags.dilation or flags.backbone_weights not in ("imagenet", "none"):
+        raise ValueError(f"--backbone {flags.backbone}: --masks, --dilation and a file of weights need a ResNet")
+    pretrained, frozen = flags.backbone_weights == "imagenet", flags.backbone_norm == "frozen"
+    return TimmBackbone(flags.backbone.removeprefix(PREFIX), flags.lr_backbone > 0, pretrained, frozen)
+
+
 def build_backbone(args) -> Joiner:
     """Build backbone and position encoding from the flags. Raises OSError if ImageNet weights cannot be downloaded.
 
@@ -193,6 +203,8 @@ def build_backbone(args) -> Joiner:
     flags = with_defaults(args, NEW_FLAGS)
     position_embedding = build_position_encoding(args)
     sizes = (flags.backbone, flags.lr_backbone > 0, flags.masks, flags.dilation)
+    if flags.backbone.startswith(PREFIX):
+        return Joiner(build_timm_backbone(flags), position_embedding)
     try:
         backbone = Backbone(*sizes, weights=flags.backbone_weights, norm=flags.backbone_norm)
     except OSError as error:

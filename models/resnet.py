@@ -70,8 +70,8 @@ def resnet_names() -> list[str]:
     return torchvision.models.list_models(include=["resnet*", "resnext*", "wide_resnet*"], module=torchvision.models)
 
 
-def build_resnet(name: str, dilation: bool = False, pretrained: bool = False, frozen: bool = True) -> ResNet:
-    """Build torchvision's ResNet `name`, with torchvision's ImageNet V1 weights if `pretrained`.
+def build_resnet(name: str, dilation: bool = False, pretrained: str | None = None, frozen: bool = True) -> ResNet:
+    """Build torchvision's ResNet `name`, with the weights that torchvision calls `pretrained`, or random ones.
 
     `dilation` replaces the stride of layer4 by dilation (DC5). `frozen` norms are folded; otherwise they are
     nn.BatchNorm2d, which trains. Raises ValueError for an unknown name or blocks that cannot be dilated, OSError if the
@@ -93,6 +93,8 @@ def build_resnet(name: str, dilation: bool = False, pretrained: bool = False, fr
         norm_layer=FrozenBatchNorm2d if frozen else nn.BatchNorm2d,
     )
     if pretrained:
-        weights = torchvision.models.get_model_weights(name)["IMAGENET1K_V1"]
+        weights = {weights.name: weights for weights in torchvision.models.get_model_weights(name)}.get(pretrained)
+        if weights is None:
+            raise ValueError(f"torchvision has no {pretrained} weights of {name}")
         resnet.load_state_dict(weights.get_state_dict(progress=True, check_hash=True))
     return resnet

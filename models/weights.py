@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from models import build_model
+from models.checkpointing import checkpoint_activations
 from util.checkpoint import count_classes, load_checkpoint, load_model
 from util.finetune import finetune
 from util.logger import logger
@@ -57,4 +58,6 @@ def build_parts(
         logger.info(f"detector from {name}, frozen: only the mask head trains")
     elif args.eval:
         logger.warning("evaluating a model with random weights: give its checkpoint with --resume")
+    if args.checkpoint_activations:
+        checkpoint_activations(model)
     return model.to(device), criterion, postprocessors

@@ -9,6 +9,8 @@ from typing import Any
 NEW_FLAGS = {
     "backbone_weights": "imagenet",
     "backbone_norm": "frozen",
+    "checkpoint_activations": False,
+    "class_balance": "none",
     "denoising_groups": 0,
     "denoising_box_noise": 0.4,
     "denoising_label_noise": 0.2,

@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from datetime import timedelta
 from numbers import Integral, Real
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from util.epoch_row import build_row, epoch_score, table_line
 from util.interruption import Interruption
 from util.logger import logger
 from util.meters import MetricLogger, merge_sums
-from util.optim import build_lr_scheduler, build_optimizer, moving_average, restore_optimizer
+from util.optim import restore_optimizer
 from util.origin import differences
 from util.output_dir import append_row, truncate_log
 from util.random_state import random_state, restore_random_state
@@ -55,9 +56,20 @@ class Run:
     epoch: int = 0  # the current one, from 0
     seen: int = 0  # images of it that all processes together have trained on
     best: float = -1.0  # AP (or PQ) of the best epoch
+    stale: int = 0  # evaluations since then
     sums: dict = field(default_factory=dict)  # of the epoch's metrics up to `seen`, on this process
     random: dict = field(default_factory=random_state)  # the generators at `seen`, on this process
     interruption: Interruption = field(default_factory=Interruption)
+
+    def epochs(self) -> Iterator[int]:
+        """Yield the epochs to train: to --epochs, or until --patience evaluations in a row gave no better score."""
+        begin = time.perf_counter()
+        while self.epoch < self.flags["epochs"]:
+            if 0 < self.flags.get("patience", 0) <= self.stale:
+                logger.info(f"--patience: {self.stale} evaluations were not better than {self.best:.3f}; training ends")
+                break
+            yield self.epoch
+        logger.info(f"Training time {timedelta(seconds=int(time.perf_counter() - begin))}")
 
     @contextmanager
     def training(self, loader: DataLoader) -> Iterator[None]:
@@ -122,8 +134,10 @@ class Run:
             names.append(f"checkpoint{epoch:04}.pth")
         score = from_main(lambda: epoch_score(row))
         if score > self.best:
-            self.best = score
+            self.best, self.stale = score, 0
             names.append(BEST)
+        elif test_stats:
+            self.stale += 1
         if self.output_dir and is_main_process():
             append_row(self.output_dir / "log.txt", row)
             self._draw(row)
@@ -180,7 +194,7 @@ class Run:
             self.training_only.load_state_dict(state["training_only"])
         if state.get("scaler"):
             self.scaler.load_state_dict(state["scaler"])
-        self.best = state.get("best", -1.0)
+        self.best, self.stale = state.get("best", -1.0), state.get("stale", 0)
         if not isinstance(self.best, Real):
             raise TypeError(f"'best' is {self.best!r}")
         changed = differences(self.flags, state, self.flags.keys() - {"resume", "output_dir", "overwrite"})
@@ -257,6 +271,7 @@ class Run:
             "args": self.flags,
             "class_names": self.class_names,
             "best": self.best,
+            "stale": self.stale,
             "processes": processes,
             "versions": {"python": platform.python_version(), "torch": str(torch.__version__)},
         }
@@ -265,36 +280,3 @@ class Run:
         if self.training_only:
             state["training_only"] = self.training_only.state_dict()
         save_checkpoint(state, *(self.output_dir / name for name in names))
-
-
-def build_run(
-    args, model: nn.Module, train_loader: DataLoader, class_names: dict[int, str],
-    training_only: nn.Module | None = None, interruption: Interruption | None = None,
-) -> Run:  # fmt: skip
-    """Build the state of a training run at its beginning."""
-    every_step = args.lr_schedule != "step" or args.warmup_steps > 0
-    steps_per_epoch = math.ceil(len(train_loader) / args.accum_steps) if every_step else 0
-    optimizer = build_optimizer(args, model, training_only)
-    ema = (
-        AveragedModel(model, multi_avg_fn=moving_average(args.ema_decay), use_buffers=True) if args.ema_decay else None
-    )
-    return Run(
-        model,
-        optimizer,
-        build_lr_scheduler(args, optimizer, steps_per_epoch),
-        torch.amp.GradScaler(next(model.parameters()).device.type, enabled=args.amp == "fp16"),
-        {name: value for name, value in vars(args).items() if name != "given_flags"},
-        class_names,
-        output_dir=Path(args.output_dir) if args.output_dir else None,
-        accum_steps=args.accum_steps,
-        save_every_steps=args.save_every_steps,
-        check_signals_every=args.print_freq,
-        lr_drop=args.lr_drop,
-        steps_per_epoch=steps_per_epoch,
-        images_per_step=train_loader.batch_sampler.images_per_step * args.accum_steps,
-        ema=ema,
-        training_only=training_only,
-        tensorboard=TensorBoard(Path(args.output_dir) / "tensorboard") if args.tensorboard else None,
-        epoch=args.start_epoch,
-        interruption=interruption or Interruption(),
-    )
