@@ -11,6 +11,7 @@ from util.dist import pick_device
 from util.epoch_row import table_line
 from util.logger import configure_logging, log_file, logger
 from util.meters import MetricLogger, SmoothedValue
+from util.tensorboard import scalars
 
 LOSSES = {"loss": 12.5, "loss_ce": 1.0, "loss_bbox": 2.0, "loss_giou": 3.0, "class_error": 50.0, "loss_ce_0": 4.0}
 
@@ -118,3 +119,9 @@ def test_more_threads_than_cores_are_warned_of(caplog, monkeypatch):
         monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
         pick_device("cpu")
         assert ("set OMP_NUM_THREADS=2" in caplog.text) == warned
+
+
+def test_scalars_of_a_row_are_its_numbers_by_group():
+    row = {"train_loss": 2.0, "test_coco_eval_bbox": [0.1, 0.2, 0.3, 0.4], "test_PQ_all": {"pq": 0.5}, "epoch": 3}
+    expected = {"train/loss": 2.0, "AP/box": 0.1, "AP50/box": 0.2, "AP75/box": 0.3, "PQ/all": 0.5}
+    assert dict(scalars(row)) == expected
