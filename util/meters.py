@@ -166,8 +166,9 @@ class MetricLogger:
             parts.append(f"lr {self.meters['lr'].value:.1e}")
         width, line = min(120, shutil.get_terminal_size().columns - 1), ""
         for part in parts:
-            if len(line) + len(part) + 2 <= width:
-                line += f"  {part}" if line else part
+            longer = f"{line}  {part}" if line else part
+            if len(longer) <= width:
+                line = longer
         return line
 
     def log_every(
