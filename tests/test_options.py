@@ -141,7 +141,7 @@ def test_strong_augmentation_changes_colours_and_is_repeatable():
     image = torch.randint(0, 256, (3, 90, 120), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     target = {"boxes": torch.tensor([[10.0, 10, 60, 70]]), "labels": torch.tensor([1]), "area": torch.tensor([3000.0]),
               "iscrowd": torch.tensor([0]), "size": torch.tensor([90, 120])}  # fmt: skip
-    strong = make_coco_transforms("train", 90, 120, "strong", "uint8")
+    strong = make_coco_transforms("train", 90, 1000, "strong", "uint8")
     results = []
     for key in (0, 0, *range(1, 40)):
         with seeded(key):
