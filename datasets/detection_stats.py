@@ -42,6 +42,12 @@ class DetectionStats:
         objects = sum(count for _, _, count in self.images.values())
         if not objects:
             return {}
+        crowded = [image_id for image_id, (boxes, _, count) in self.images.items() if count > len(boxes)]
+        if crowded:
+            logger.warning(
+                f"{len(crowded)} images have more objects than the model has queries (--num_queries): "
+                f"images {crowded[:5]}"
+            )
         shown = sum(int((scores > SHOWN).sum()) for _, scores, _ in self.images.values())
         if not shown:
             logger.warning(f"no detection of {len(self.images)} images scores above {SHOWN}: nothing would be shown")

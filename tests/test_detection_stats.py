@@ -51,3 +51,8 @@ def test_detections_of_varying_number_are_not_compared(caplog):
     boxes = [torch.zeros(1 + i % 2, 4) for i in range(12)]
     scores = [torch.ones(len(each)) for each in boxes]
     assert stats_of(boxes, scores, [1] * 12) == {"boxes_per_object": 1.5} and not caplog.text
+
+
+def test_images_with_more_objects_than_queries_are_warned_of(caplog):
+    stats_of(torch.rand(3, 2, 4), torch.ones(3, 2), [2, 3, 1])
+    assert "1 images have more objects than the model has queries (--num_queries): images [1]" in caplog.text
