@@ -5,16 +5,20 @@ import os
 
 import pytest
 import torch
+from PIL import Image
 
 import hubconf
 from models import build_model
 from tests.helpers import parse
-from tools import convert
+from tools import convert, predict
+from tools.predictor import Predictor
 from util.checkpoint import load_checkpoint
 from util.nested_tensor import nested_tensor_from_tensor_list
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # nothing here may look for a network
 INSTALL = "pip install -r requirements-convert.txt"
+UMASK = os.umask(0)
+os.umask(UMASK)
 HUB_NAMES = convert.HUB_NAMES
 SMALL = {
     "d_model": 128, "encoder_layers": 1, "decoder_layers": 2, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64,
@@ -77,6 +81,8 @@ def test_convert_published_shapes_both_ways_give_equal_outputs_and_bits(transfor
     compare(theirs, model, images)
 
     theirs.save_pretrained(tmp_path / "again")
+    ours, again = (tmp_path / folder / "model.safetensors" for folder in ("folder", "again"))
+    assert ours.read_bytes() == again.read_bytes() and ours.stat().st_mode & 0o777 == 0o666 & ~UMASK
     convert.main(["--checkpoint", f"{tmp_path}/again", "--output", f"{tmp_path}/again.pth"])
     back = load_checkpoint(tmp_path / "again.pth")
     assert back["model"].keys() == model.state_dict().keys()
@@ -135,3 +141,43 @@ def test_convert_own_checkpoint_gives_its_outputs(transformers, tmp_path, images
     for flag in ("backbone", "hidden_dim", "nheads", "enc_layers", "dec_layers", "dim_feedforward", "num_queries",
                  "masks", "position_embedding", "num_classes", "min_size", "max_size", "dilation"):  # fmt: skip
         assert state["args"][flag] == getattr(args, flag), flag
+
+
+@pytest.mark.slow
+def test_pipeline_of_transformers_gives_the_boxes_of_a_converted_checkpoint(transformers, tmp_path):
+    args = parse("--num_classes 5 --min_size 96 --max_size 128")
+    model = randomise(build_model(args)[0])
+    model.class_embed.bias.data[2] += 3  # scores above the threshold
+    names = {1: "cat", 2: "dog", 4: "cow"}
+    torch.save({"model": model.state_dict(), "args": vars(args), "class_names": names}, tmp_path / "x.pth")
+    convert.main(["--checkpoint", f"{tmp_path}/x.pth", "--output", f"{tmp_path}/folder"])
+    image = Image.effect_noise((128, 96), 60).convert("RGB")  # of the input's size: both resize differently
+    detect = transformers.pipeline("object-detection", str(tmp_path / "folder"), device="cpu")
+    theirs = sorted(detect(image, threshold=0.5), key=lambda found: -found["score"])
+    ours = Predictor.from_checkpoint(tmp_path / "x.pth", "cpu")(image, 0.5)
+    assert len(ours) == len(theirs) == 8
+    for found, score, label, box in zip(theirs, ours.scores, ours.labels, ours.boxes, strict=True):
+        assert found["label"] == ours.name(int(label)) == "dog" and abs(found["score"] - float(score)) < 1e-4
+        edges = torch.tensor([found["box"][edge] for edge in ("xmin", "ymin", "xmax", "ymax")])
+        assert (edges - box).abs().max() < 1 + 1e-3  # the pipeline cuts off fractions of pixels
+
+
+@pytest.mark.slow
+def test_predict_from_a_folder_of_transformers_writes_its_classes(transformers, tmp_path, capsys):
+    theirs = small_model(transformers, "timm", masks=False, id2label={0: "cat", 1: "dog", 2: "N/A", 3: "cow"})
+    theirs.class_labels_classifier.bias.data[1] += 3
+    theirs.save_pretrained(tmp_path / "folder")
+    processor = transformers.DetrImageProcessor(size={"shortest_edge": 64, "longest_edge": 96})
+    processor.save_pretrained(tmp_path / "folder")
+    image = Image.effect_noise((96, 64), 60).convert("RGB")
+    image.save(tmp_path / "photo.png")
+    flags = ["--checkpoint", f"{tmp_path}/folder", "--device", "cpu", "--output", f"{tmp_path}/found"]
+    assert predict.main([f"{tmp_path}/photo.png", *flags]) == 0
+    assert "7 dog" in capsys.readouterr().out
+    with torch.no_grad():
+        outputs = theirs(**processor(image, return_tensors="pt"))
+    (expected,) = processor.post_process_object_detection(outputs, 0.5, [(64, 96)])
+    written = json.loads((tmp_path / "found" / "predictions.json").read_text())
+    boxes = torch.tensor([[x, y, x + w, y + h] for x, y, w, h in (each["bbox"] for each in written)])
+    order = expected["scores"].argsort(descending=True)
+    torch.testing.assert_close(boxes, expected["boxes"][order], atol=0.02, rtol=0)

@@ -74,7 +74,8 @@ def load_described(source: str, model: str | None) -> dict[str, Any]:
 
 def write_folder(state: dict[str, Any], folder: Path, layout: str) -> None:
     """Write a model of transformers into a new folder, the weights last, since without them there is no model."""
-    safetensors = import_safetensors()
+    file = folder / WEIGHTS_FILES[0]
+    safetensors = import_safetensors(file)
     flags = vars(with_defaults(state["args"], NEW_FLAGS))
     config = config_of(flags, flags["num_classes"], state["class_names"], layout == "transformers")
     processor = processor_of(flags)
@@ -84,9 +85,9 @@ def write_folder(state: dict[str, Any], folder: Path, layout: str) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for name, content in (("config.json", config), ("preprocessor_config.json", processor)):
         (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    draft = draft_of(folder / WEIGHTS_FILES[0])
-    safetensors.torch.save_file(weights, draft, {"format": "pt"})
-    draft.replace(folder / WEIGHTS_FILES[0])
+    draft = draft_of(file)
+    draft.write_bytes(safetensors.torch.save(weights, {"format": "pt"}))  # its own save_file ignores the umask
+    draft.replace(file)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -19,6 +19,7 @@ from util.safe_load import check_bits, first_line, read
 OTHER_NAMES = ("state_dict", "model_state_dict")  # of the entry `model`, in other programs
 COMPILED = "_orig_mod."  # in names of what torch.compile wrapped
 PREFIXES = ("module.", COMPILED, "model.")  # of the names in a model that is distributed, compiled or an attribute
+BATCH_COUNT = ".num_batches_tracked"
 CRITERION = "criterion."  # prefix of the loss, where a module with model and loss was saved
 BEST = "checkpoint_best.pth"
 
@@ -138,7 +139,9 @@ def not_finite(tensors: dict[str, Tensor]) -> list[str]:
 
 def load_model(model: torch.nn.Module, state: dict, name: str) -> None:
     """Load `state["model"]` strictly; ValueError says what does not fit, or that values are not finite."""
-    own, given = model.state_dict(), state["model"]
+    own = model.state_dict()
+    # A backbone that was saved before its norms were frozen counts batches, which have no effect.
+    given = {key: value for key, value in state["model"].items() if key in own or not key.endswith(BATCH_COUNT)}
     problems = [f"no {key}" for key in own if key not in given] + [
         f"unexpected {key}" for key in given if key not in own
     ]

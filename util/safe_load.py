@@ -138,7 +138,7 @@ def is_safetensors(path: Path) -> bool:
 
 def read_safetensors(path: Path) -> dict[str, torch.Tensor]:
     """Load a safetensors file; OSError if the package is missing, ValueError if the file is damaged."""
-    package = import_safetensors()
+    package = import_safetensors(path)
     try:
         return package.torch.load_file(path)
     except package.SafetensorError as error:
@@ -149,12 +149,12 @@ def read_safetensors(path: Path) -> dict[str, torch.Tensor]:
         raise _reading_error(error, path) from None
 
 
-def import_safetensors() -> Any:
-    """Return the optional package that reads and writes safetensors files; OSError says how to install it."""
+def import_safetensors(path: Path) -> Any:
+    """Return the optional package that reads and writes the file; OSError says how to install it."""
     try:
         import safetensors.torch
     except ImportError:
-        raise OSError("safetensors files need a package: pip install safetensors") from None
+        raise OSError(f"{path}: safetensors files need a package: pip install safetensors") from None
     return safetensors
 
 
