@@ -87,8 +87,11 @@ def test_convert_published_shapes_both_ways_give_equal_outputs_and_bits(transfor
     back = load_checkpoint(tmp_path / "again.pth")
     assert back["model"].keys() == model.state_dict().keys()
     assert all(torch.equal(value, back["model"][key]) for key, value in model.state_dict().items())
-    compare(theirs, hubconf.detr(tmp_path / "again.pth"), images)
-    assert back["class_names"][90] == "toothbrush" and 12 not in back["class_names"]
+    again, postprocessor = hubconf.detr(tmp_path / "again.pth", return_postprocessor=True)
+    compare(theirs, again, images)
+    assert type(postprocessor).__name__ == ("PostProcessPanoptic" if "panoptic" in name else "PostProcess")
+    names = back["class_names"]
+    assert names[90] == "toothbrush" and 12 not in names and max(names) == (200 if "panoptic" in name else 90)
 
 
 def small_model(transformers, layout, masks, **options):
@@ -145,13 +148,13 @@ def test_convert_own_checkpoint_gives_its_outputs(transformers, tmp_path, images
 
 @pytest.mark.slow
 def test_pipeline_of_transformers_gives_the_boxes_of_a_converted_checkpoint(transformers, tmp_path):
-    args = parse("--num_classes 5 --min_size 96 --max_size 128")
+    args = parse("--num_classes 5 --min_size 96 --max_size 200")
     model = randomise(build_model(args)[0])
     model.class_embed.bias.data[2] += 3  # scores above the threshold
     names = {1: "cat", 2: "dog", 4: "cow"}
     torch.save({"model": model.state_dict(), "args": vars(args), "class_names": names}, tmp_path / "x.pth")
     convert.main(["--checkpoint", f"{tmp_path}/x.pth", "--output", f"{tmp_path}/folder"])
-    image = Image.effect_noise((128, 96), 60).convert("RGB")  # of the input's size: both resize differently
+    image = Image.effect_noise((170, 110), 60).convert("RGB")
     detect = transformers.pipeline("object-detection", str(tmp_path / "folder"), device="cpu")
     theirs = sorted(detect(image, threshold=0.5), key=lambda found: -found["score"])
     ours = Predictor.from_checkpoint(tmp_path / "x.pth", "cpu")(image, 0.5)

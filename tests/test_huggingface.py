@@ -1,8 +1,7 @@
-"""Models of Hugging Face's transformers, read without that package: names, descriptions, and what is refused."""
+"""Models of Hugging Face's transformers, read without that package: names and descriptions."""
 
 import json
 import re
-import sys
 
 import pytest
 import torch
@@ -10,51 +9,22 @@ from PIL import Image
 
 import hubconf
 import main
-from models import build_model
 from models.backbone import PIXEL_MEAN, PIXEL_STD
 from models.weights import build_parts
-from tests.helpers import parse
+from tests.helpers import parse, small_state, write_transformers_folder
 from tools import convert, predict
 from tools.predictor import Predictor
 from util import huggingface_config
 from util.checkpoint import load_checkpoint
 from util.huggingface import BACKBONES, is_huggingface, to_huggingface, to_own
-from util.huggingface_config import config_of, flags_of, processor_of, sizes_of
+from util.huggingface_config import flags_of, sizes_of
 
-REMEDY = "pip install safetensors"
 MASKS = "--masks --hidden_dim 128 --nheads 8 --backbone resnet50 --dilation"
-
-
-def small_state(flags=""):
-    torch.manual_seed(0)
-    args = parse(f"{flags} --num_classes 4")
-    return {"model": build_model(args)[0].state_dict(), "args": vars(args), "class_names": {1: "cat", 3: "dog"}}
-
-
-def write_folder(state, folder, layout="timm"):
-    """Write a folder of transformers with pytorch_model.bin, which needs no other package."""
-    folder.mkdir()
-    config = config_of(state["args"], 4, state["class_names"], layout == "transformers")
-    (folder / "config.json").write_text(json.dumps(config))
-    (folder / "preprocessor_config.json").write_text(json.dumps(processor_of(state["args"])))
-    torch.save(to_huggingface(state["model"], layout), folder / "pytorch_model.bin")
-    return folder
 
 
 @pytest.fixture
 def folder(tmp_path):
-    return write_folder(small_state(), tmp_path / "folder")
-
-
-def change(file, **values):
-    content = json.loads(file.read_text()) | values
-    file.write_text(json.dumps({name: value for name, value in content.items() if value is not ...}))
-
-
-def refusal(source, kind=ValueError):
-    with pytest.raises(kind) as caught:
-        load_checkpoint(source)
-    return str(caught.value)
+    return write_transformers_folder(small_state(), tmp_path / "folder")
 
 
 @pytest.mark.parametrize("flags", ["", MASKS, "--position_embedding learned", "--backbone_norm batch"])
@@ -85,10 +55,11 @@ def test_hub_entry_for_a_folder_builds_its_network(tmp_path, flags, layout, capl
         flags = flags.replace("--dilation", "")
     caplog.set_level("INFO", "detr")
     state = small_state(f"{flags} --min_size 70 --max_size 90")
-    folder = write_folder(state, tmp_path / "folder", layout)
+    folder = write_transformers_folder(state, tmp_path / "folder", layout)
     model, _ = hubconf.detr(folder, return_postprocessor=True)
     assert f"{folder}: converted from transformers (resnet" in caplog.text
     assert all(torch.equal(value, state["model"][name]) for name, value in model.state_dict().items())
+    assert json.loads((folder / "config.json").read_text())["use_timm_backbone"] == (layout == "timm")
     found = load_checkpoint(folder / "pytorch_model.bin")
     assert found["class_names"] == {1: "cat", 3: "dog"}
     described = {name: state["args"][name] for name in found["args"] if name in state["args"]}
@@ -120,53 +91,21 @@ def test_main_takes_a_folder_for_each_flag_of_weights(folder, coco_root, flag, c
 
 def test_frozen_weights_take_a_folder(tmp_path, caplog):
     caplog.set_level("INFO", "detr")
-    folder = write_folder(small_state("--hidden_dim 128 --nheads 8"), tmp_path / "folder")
+    folder = write_transformers_folder(small_state("--hidden_dim 128 --nheads 8"), tmp_path / "folder")
     args = parse(f"--hidden_dim 128 --nheads 8 --masks --frozen_weights {folder} --num_classes 4")
     model, _, _ = build_parts(args, torch.device("cpu"))
     assert f"detector from {folder}, frozen" in caplog.text
     assert torch.equal(model.detr.class_embed.weight, load_checkpoint(folder)["model"]["class_embed.weight"])
 
 
-def test_hub_weights_take_a_folder(tmp_path):
-    model = hubconf.detr_resnet50(num_classes=4)
-    state = {"model": model.state_dict(), "args": convert.hub_flags("detr_resnet50"), "class_names": {}}
+def test_hub_weights_take_a_folder_and_a_published_file_gets_cocos_names(tmp_path):
+    torch.save(hubconf.detr_resnet50().state_dict(), tmp_path / "published.pth")
+    state = convert.load_described(str(tmp_path / "published.pth"), "detr_resnet50")
+    assert max(state["class_names"]) == 90 and state["args"]["num_classes"] == 91
     state["args"] |= {"min_size": 64, "max_size": 96}
-    loaded = hubconf.detr_resnet50(pretrained=write_folder(state, tmp_path / "r50"), num_classes=4)
-    assert all(torch.equal(value, loaded.state_dict()[name]) for name, value in model.state_dict().items())
-
-
-@pytest.mark.parametrize("values, words", [
-    ({"model_type": "deformable_detr"}, "model_type is 'deformable_detr', another architecture: give a folder of Detr"),
-    ({"model_type": "yolos"}, "model_type is 'yolos'"),
-    ({"model_type": ...}, "model_type is None"),
-    ({"id2label": {"0": "a", "1": "b"}}, "id2label has 2 labels, the class head 4 and \"no object\": list the labels"),
-    ({"id2label": {"1": "a", "2": "b", "3": "c", "4": "d"}}, "list the labels 0 to 3"),
-    ({"id2label": ...}, "id2label has 2 labels, the class head 4"),
-    ({"activation_function": "gelu"}, "activation_function is 'gelu': this project supports 'relu'"),
-    ({"decoder_ffn_dim": 128}, "decoder_ffn_dim 128 and encoder_ffn_dim 64"),
-    ({"d_model": "wide"}, "d_model is 'wide': expected a whole number"),
-    ({"backbone": "resnet50d"}, "the backbone resnet50d is none of this project: resnet18, "),
-    ({"backbone_config": {"model_type": "swin"}}, "the backbone swin resnet18 is none"),
-    ({"backbone_config": {"model_type": "resnet", "depths": [1, 1, 1, 1]}}, r"bottleneck blocks, \[1, 1, 1, 1\]"),
-    ({"backbone_config": {"model_type": "resnet", "downsample_in_first_stage": True}}, "downsample_in_first_stage"),
-    ({"backbone_kwargs": {"output_stride": 8}}, "output_stride is 8"),
-])  # fmt: skip
-def test_descriptions_of_other_networks_are_refused(folder, values, words):
-    change(folder / "config.json", **values)
-    assert re.match(rf"{folder}/config.json: .*{words}", refusal(folder))
-
-
-@pytest.mark.parametrize("values, words", [
-    ({"image_mean": [0.5, 0.5, 0.5]}, r"image_mean is \[0.5, 0.5, 0.5\]: models of this project take .*0.485"),
-    ({"image_std": [1, 1, 1]}, "image_std is"),
-    ({"do_normalize": False}, "not scaled to 0..1 and normalised"),
-    ({"rescale_factor": 1}, "not scaled to 0..1 and normalised"),
-    ({"size": {"height": 64, "width": 64}}, "size is .*give shortest_edge and longest_edge"),
-    ({"size": {"shortest_edge": 100, "longest_edge": 50}}, "size is"),
-])  # fmt: skip
-def test_other_preprocessing_is_refused(folder, values, words):
-    change(folder / "preprocessor_config.json", **values)
-    assert re.match(rf"{folder}/preprocessor_config.json: .*{words}", refusal(folder))
+    folder = write_transformers_folder(state, tmp_path / "r50", classes=91)
+    loaded = hubconf.detr_resnet50(pretrained=folder).state_dict()
+    assert all(torch.equal(value, loaded[name]) for name, value in state["model"].items())
 
 
 def test_mean_and_deviation_are_those_of_the_backbone():
@@ -197,26 +136,18 @@ def test_backbones_of_old_and_new_descriptions_are_read(values, wanted):
     assert (flags["hidden_dim"], flags["nheads"], flags["num_queries"]) == (256, 8, 100)
 
 
-def test_missing_files_are_named_with_what_to_do(folder, tmp_path):
-    (folder / "config.json").rename(tmp_path / "config.json")
-    for source in (folder, folder / "pytorch_model.bin"):
-        text = refusal(source, FileNotFoundError)
-        assert text.startswith(f"{folder}/config.json: no such file; it describes") and "copy it too" in text
-    (folder / "config.json").write_text("{cut")
-    assert re.match(rf"{folder}/config.json: not a readable JSON file .*download it again", refusal(folder))
-    (folder / "pytorch_model.bin").unlink()
-    text = refusal(folder, FileNotFoundError)
-    assert "is a folder without model.safetensors or pytorch_model.bin" in text and "name a file in it" in text
-
-
-def test_a_folder_without_a_class_head_is_refused(folder):
-    weights = torch.load(folder / "pytorch_model.bin")
-    torch.save({k: v for k, v in weights.items() if "class_labels" not in k}, folder / "pytorch_model.bin")
-    assert "no class head among the weights: save DetrForObjectDetection" in refusal(folder)
+def test_things_and_stuff_of_own_data_stay(tmp_path):
+    state = small_state(MASKS)
+    state["args"]["thing_classes"] = [1, 2]
+    folder = write_transformers_folder(state, tmp_path / "folder")
+    _, postprocessor = hubconf.detr(folder, return_postprocessor=True)
+    assert list(postprocessor.is_thing_map) == [1, 2]
 
 
 def test_a_folder_without_class_names_gives_none(folder):
-    change(folder / "config.json", id2label={str(i): f"LABEL_{i}" for i in range(4)})
+    content = json.loads((folder / "config.json").read_text())
+    content["id2label"] = {str(i): f"LABEL_{i}" for i in range(4)}
+    (folder / "config.json").write_text(json.dumps(content))
     assert "class_names" not in load_checkpoint(folder)
 
 
@@ -232,55 +163,3 @@ def test_safetensors_with_own_names_need_no_description(safetensors, tmp_path):
         safetensors.save_file(weights, tmp_path / name)
         loaded = load_checkpoint(tmp_path / name)["model"]
         assert all(torch.equal(value, loaded[key]) for key, value in weights.items())
-
-
-@pytest.mark.parametrize("keep", [4, 5000, -100])
-def test_a_truncated_safetensors_file_is_named(safetensors, folder, keep):
-    weights = torch.load(folder / "pytorch_model.bin")
-    path = folder / "model.safetensors"
-    safetensors.save_file(weights, path)
-    assert len(load_checkpoint(folder)["model"]) > 0
-    path.write_bytes(path.read_bytes()[:keep])
-    for source in (folder, path):
-        assert re.match(rf"{path}: not a readable checkpoint \(.*incomplete or damaged, take another", refusal(source))
-
-
-def test_a_pointer_in_place_of_safetensors_is_named(folder):
-    (folder / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
-    assert re.match(rf"{folder}/model.safetensors: .*git lfs pull", refusal(folder))
-
-
-def test_without_the_safetensors_package_the_remedy_is_said(folder, tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "safetensors.torch", None)
-    monkeypatch.setitem(sys.modules, "safetensors", None)
-    (folder / "model.safetensors").write_bytes(b"x")
-    assert refusal(folder, OSError) == f"{folder}/model.safetensors: safetensors files need a package: {REMEDY}"
-    torch.save(small_state(), tmp_path / "own.pth")
-    with pytest.raises(OSError, match=f"new/model.safetensors: .*{REMEDY}"):
-        convert.main(["--checkpoint", f"{tmp_path}/own.pth", "--output", f"{tmp_path}/new"])
-    assert not (tmp_path / "new").exists()
-
-
-@pytest.mark.parametrize("flags, layout, words", [
-    ("--pre_norm", "timm", "--pre_norm: the DETR of transformers normalises after"),
-    ("--backbone resnext50_32x4d", "transformers", "no resnext50_32x4d of its own: choose --backbone_layout timm"),
-    ("--backbone resnet50 --dilation", "transformers", "no dilated resnet50 of its own"),
-])  # fmt: skip
-def test_convert_what_transformers_lacks_is_refused(safetensors, tmp_path, flags, layout, words):
-    torch.save(small_state(flags), tmp_path / "own.pth")
-    with pytest.raises(ValueError, match=words):
-        convert.main(
-            ["--checkpoint", f"{tmp_path}/own.pth", "--output", f"{tmp_path}/new", "--backbone_layout", layout]
-        )
-    assert not (tmp_path / "new").exists()
-
-
-def test_convert_refuses_existing_output_and_weights_without_architecture(folder, tmp_path):
-    source = ["--checkpoint", str(folder), "--output"]
-    convert.main([*source, f"{tmp_path}/own.pth"])
-    for output in (f"{tmp_path}/own.pth", str(folder)):
-        with pytest.raises(ValueError, match=f"--output {output} exists: name a new"):
-            convert.main([*source, output])
-    torch.save(small_state()["model"], tmp_path / "bare.pth")
-    with pytest.raises(ValueError, match=r"bare.pth does not say its architecture .*--model, one of detr_resnet50"):
-        convert.main(["--checkpoint", f"{tmp_path}/bare.pth", "--output", f"{tmp_path}/new"])
