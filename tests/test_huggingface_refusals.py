@@ -9,6 +9,7 @@ import torch
 
 from tests.helpers import small_state, write_transformers_folder
 from tools import convert
+from util import checkpoint
 from util.checkpoint import load_checkpoint
 
 REMEDY = "pip install safetensors"
@@ -51,6 +52,7 @@ def refusal(source, kind=ValueError):
     ({"backbone_config": {"model_type": "resnet", "depths": [1, 1, 1, 1]}}, r"bottleneck blocks, \[1, 1, 1, 1\]"),
     ({"backbone_config": {"model_type": "resnet", "downsample_in_first_stage": True}}, "downsample_in_first_stage"),
     ({"backbone_kwargs": {"output_stride": 8}}, "output_stride is 8"),
+    ({"backbone_config": "resnet"}, "an entry has another type than transformers gives it"),
 ])  # fmt: skip
 def test_descriptions_of_other_networks_are_refused(folder, values, words):
     change(folder / "config.json", **values)
@@ -63,6 +65,7 @@ def test_descriptions_of_other_networks_are_refused(folder, values, words):
     ({"do_normalize": False}, "not scaled to 0..1 and normalised"),
     ({"rescale_factor": 1}, "not scaled to 0..1 and normalised"),
     ({"size": {"height": 64, "width": 64}}, "size is .*give shortest_edge and longest_edge"),
+    ({"image_mean": 0.5}, "an entry has another type"),
     ({"size": {"shortest_edge": 100, "longest_edge": 50}}, "size is"),
 ])  # fmt: skip
 def test_other_preprocessing_is_refused(folder, values, words):
@@ -138,3 +141,10 @@ def test_convert_refuses_existing_output_and_weights_without_architecture(folder
     torch.save(small_state()["model"], tmp_path / "bare.pth")
     with pytest.raises(ValueError, match=r"bare.pth does not say its architecture .*--model, one of detr_resnet50"):
         convert.main(["--checkpoint", f"{tmp_path}/bare.pth", "--output", f"{tmp_path}/new"])
+
+
+def test_weights_behind_an_address_are_refused_since_their_description_is_elsewhere(folder, monkeypatch):
+    monkeypatch.setattr(checkpoint, "download", lambda url: str(folder / "pytorch_model.bin"))
+    text = refusal("https://host/pytorch_model.bin")
+    assert text.startswith("https://host/pytorch_model.bin is a model of transformers: download its whole folder")
+    assert (folder / "pytorch_model.bin").exists()

@@ -73,6 +73,8 @@ def load_checkpoint(path_or_url: str | Path) -> dict[str, Any]:
             raise ValueError(f"{name}: {error}. Its cached copy {path} was removed: try again") from None
         raise ValueError(f"{path if is_folder else name}: {error}") from None
     if is_folder or is_huggingface(state["model"]):
+        if is_url:
+            raise ValueError(f"{name} is a model of transformers: download its whole folder, and give that")
         return read_model(state["model"], path.parent, name)
     return state
 

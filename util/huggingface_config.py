@@ -4,7 +4,8 @@
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -52,26 +53,31 @@ def read_model(weights: dict[str, Tensor], folder: Path, name: str) -> dict[str,
 
     Raises FileNotFoundError if config.json is absent, ValueError if the files describe something else than DETR.
     """
-    config = _read_json(folder / "config.json")
-    processor_file = folder / "preprocessor_config.json"
-    processor = _read_json(processor_file) if processor_file.exists() else {}
-    try:
+    files = folder / "config.json", folder / "preprocessor_config.json"
+    config, processor = _read_json(files[0]), _read_json(files[1]) if files[1].exists() else {}
+    with _errors_name(files[0]):
         flags = flags_of(config, any(key.startswith("mask_head.") for key in weights))
         model = to_own(weights)
         flags["num_classes"] = _check_classes(config, model)
-    except ValueError as error:
-        raise ValueError(f"{folder / 'config.json'}: {error}") from None
-    try:
+        names = class_names_of(config)
+    with _errors_name(files[1]):
         flags |= sizes_of(processor)
-    except ValueError as error:
-        raise ValueError(f"{processor_file}: {error}") from None
     flags["dataset_file"] = "coco_panoptic" if flags["masks"] and flags["num_classes"] == PANOPTIC_CLASSES else "coco"
-    names = class_names_of(config)
     logger.info(
         f"{name}: converted from transformers ({flags['backbone']}{', dilated' * flags['dilation']}"
         f"{', masks' * flags['masks']}, {flags['num_classes']} classes)"
     )
     return {"model": model, "args": flags, **({"class_names": names} if names else {})}
+
+
+@contextmanager
+def _errors_name(file: Path) -> Iterator[None]:
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from None
+    except (TypeError, AttributeError, KeyError) as error:
+        raise ValueError(f"{file}: an entry has another type than transformers gives it ({error})") from error
 
 
 def flags_of(config: Mapping[str, Any], masks: bool) -> dict[str, Any]:
