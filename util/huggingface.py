@@ -94,10 +94,7 @@ def to_own(weights: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def to_huggingface(weights: dict[str, Tensor], backbone: str = "timm") -> dict[str, Tensor]:
-    """Rename a state dict of this project to the names in a file of transformers, `backbone` "timm" or "transformers".
-
-    Every tensor of the result has memory of its own, as such files need.
-    """
+    """Rename a state dict of this project to the names in a file of transformers, `backbone` "timm" or "transformers"."""
     pairs = _compiled([(here, there) for there, here in [*PAIRS, *BACKBONES[backbone]]])
     named = {}
     for name, value in weights.items():
@@ -108,7 +105,7 @@ def to_huggingface(weights: dict[str, Tensor], backbone: str = "timm") -> dict[s
         parts = zip(PROJECTIONS, value.chunk(3), strict=True) if packed else [(None, value)]
         for projection, part in parts:
             own = rest[: packed.start()] + f"{projection}.{packed[1]}" if packed else rest
-            named[prefix + _renamed(own, pairs)] = part.detach().clone(memory_format=torch.contiguous_format)
+            named[prefix + _renamed(own, pairs)] = part.contiguous()  # as safetensors needs it
     return named
 
 
