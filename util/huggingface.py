@@ -94,7 +94,7 @@ def to_own(weights: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def to_huggingface(weights: dict[str, Tensor], backbone: str = "timm") -> dict[str, Tensor]:
-    """Rename a state dict of this project to the names in a file of transformers, `backbone` "timm" or "transformers"."""
+    """Rename a state dict of this project to those of transformers, with a `backbone` of "timm" or "transformers"."""
     pairs = _compiled([(here, there) for there, here in [*PAIRS, *BACKBONES[backbone]]])
     named = {}
     for name, value in weights.items():
