@@ -9,6 +9,9 @@ import torch
 from PIL import Image
 
 import main
+from models import build_model
+from util.huggingface import to_huggingface
+from util.huggingface_config import config_of, processor_of
 from util.recipes import parse_args
 
 TINY = (
@@ -104,3 +107,20 @@ def layers_of(logits, boxes):
 def loader_of(images_per_step=2):
     """What build_run needs of a data loader."""
     return SimpleNamespace(batch_sampler=SimpleNamespace(images_per_step=images_per_step))
+
+
+def small_state(flags=""):
+    """Build the checkpoint of a tiny model with 4 classes."""
+    torch.manual_seed(0)
+    args = parse(f"{flags} --num_classes 4")
+    return {"model": build_model(args)[0].state_dict(), "args": vars(args), "class_names": {1: "cat", 3: "dog"}}
+
+
+def write_transformers_folder(state, folder, layout="timm", classes=4):
+    """Write a folder of transformers with pytorch_model.bin, which needs no other package."""
+    folder.mkdir()
+    config = config_of(state["args"], classes, state["class_names"], layout == "transformers")
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "preprocessor_config.json").write_text(json.dumps(processor_of(state["args"])))
+    torch.save(to_huggingface(state["model"], layout), folder / "pytorch_model.bin")
+    return folder

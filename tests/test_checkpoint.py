@@ -1,10 +1,11 @@
 import argparse
+import collections
 import os
 import signal
 import subprocess
 import sys
 import types
-from pathlib import Path
+from pathlib import Path, PurePosixPath, PureWindowsPath
 
 import numpy as np
 import pytest
@@ -306,6 +307,46 @@ def test_load_checkpoint_in_the_spellings_of_other_programs_gives_the_models_nam
     assert list(load_checkpoint(tmp_path / "x.pth")["model"]) == ["weight", "bias"]
 
 
+@pytest.mark.parametrize("wrap, logged", [
+    (lambda state: {"state_dict": state}, "entry 'state_dict' taken as the model"),
+    (lambda state: {"model": {f"module.{name}": value for name, value in state.items()}}, "prefix 'module.' removed"),
+    (lambda state: {f"0._orig_mod.{name}": value for name, value in state.items()}, "'_orig_mod.' removed from names"),
+    (lambda state: {"state_dict": {"criterion.empty_weight": torch.ones(2)}
+                    | {f"model.0.{name}": value for name, value in state.items()}},
+     "entry 'state_dict' taken as the model, criterion.* left out, prefix 'model.' removed"),
+])  # fmt: skip
+def test_load_checkpoint_that_renames_logs_it_in_one_line(tmp_path, caplog, wrap, logged):
+    caplog.set_level("INFO", "detr")
+    torch.save(wrap(nn.Linear(2, 3).state_dict()), tmp_path / "x.pth")
+    names = [name.removeprefix("0.") for name in load_checkpoint(tmp_path / "x.pth")["model"]]
+    assert names == ["weight", "bias"] and caplog.messages == [f"{tmp_path}/x.pth: {logged}"]
+
+
+def test_load_checkpoint_with_a_plain_file_logs_nothing(tmp_path, caplog):
+    caplog.set_level("INFO", "detr")
+    torch.save({"model": nn.Linear(2, 3).state_dict()}, tmp_path / "x.pth")
+    load_checkpoint(tmp_path / "x.pth")
+    assert not caplog.messages
+
+
+@pytest.mark.parametrize("value, read", [
+    (collections.defaultdict(list, a=[1]), {"a": [1]}), (frozenset([1]), frozenset([1])), (np.str_("text"), "text"),
+    (types.SimpleNamespace(lr=1), types.SimpleNamespace(lr=1)), (PurePosixPath("/runs"), PurePosixPath("/runs")),
+    (PureWindowsPath("C:/runs"), PureWindowsPath("C:/runs")),
+])  # fmt: skip
+def test_load_checkpoint_with_plain_data_among_the_flags_gives_it(tmp_path, value, read):
+    torch.save({"model": {}, "args": argparse.Namespace(value=value)}, tmp_path / "x.pth")
+    found = load_checkpoint(tmp_path / "x.pth")["args"].value
+    assert found == read and type(found) is type(read)
+
+
+def test_load_model_ignores_counts_of_batches_for_a_frozen_norm():
+    state = nn.Linear(3, 2).state_dict() | {"bn1.num_batches_tracked": torch.tensor(7)}
+    model = nn.Linear(3, 2)
+    load_model(model, {"model": state}, "given.pth")
+    assert torch.equal(model.weight, state["weight"])
+
+
 @pytest.mark.parametrize("content", [[1], None, {}, {"model": [1]}, {"model": None}, {"model": {"a": 1}},
                                      {"model": {1: torch.ones(1)}}, {1: torch.ones(1)}, torch.ones(2)])  # fmt: skip
 def test_load_checkpoint_with_other_contents_is_refused(tmp_path, content):
@@ -345,7 +386,7 @@ def test_plot_of_a_file_without_curves_is_refused(tmp_path):
 
 PARTIAL = """
 import os, signal, sys, time, torch
-from pathlib import Path
+from pathlib import Path, PurePosixPath, PureWindowsPath
 def slow(url, target, digest):
     partial = Path(f"{target}.0123.partial")
     try:

@@ -11,11 +11,16 @@ from torch import Tensor
 from util.dist import from_main, is_main_process
 from util.download import download
 from util.drafts import draft_of, remove_drafts
+from util.huggingface import is_huggingface
+from util.huggingface_config import WEIGHTS_FILES, read_model
 from util.logger import logger
 from util.safe_load import check_bits, first_line, read
 
 OTHER_NAMES = ("state_dict", "model_state_dict")  # of the entry `model`, in other programs
-PREFIXES = ("module.", "_orig_mod.", "model.")  # of the names in a model that is distributed, compiled or an attribute
+COMPILED = "_orig_mod."  # in names of what torch.compile wrapped
+PREFIXES = ("module.", COMPILED, "model.")  # of the names in a model that is distributed, compiled or an attribute
+BATCH_COUNT = ".num_batches_tracked"
+CRITERION = "criterion."  # prefix of the loss, where a module with model and loss was saved
 BEST = "checkpoint_best.pth"
 
 
@@ -46,32 +51,56 @@ def save_checkpoint(state: dict, *paths: str | Path) -> None:
 def load_checkpoint(path_or_url: str | Path) -> dict[str, Any]:
     """Read a checkpoint onto the CPU as a dict with `model`, its state dict. No code in the file runs (`safe_load`).
 
-    A URL is downloaded once and cached. Accepted too are a bare state dict, the entry `state_dict`, and names with the
-    prefixes of DistributedDataParallel and torch.compile. Raises FileNotFoundError; ValueError naming a file that is
-    damaged, or holds anything else; and OSError or MemoryError where the file cannot be read at the moment.
+    A URL is downloaded once and cached. Accepted too are a bare state dict, the entry `state_dict`, names with the
+    prefixes of DistributedDataParallel and torch.compile, safetensors files, and models of Hugging Face's transformers:
+    a folder, or a file with config.json beside it. What was converted is logged. Raises FileNotFoundError; ValueError
+    naming a file that is damaged, or holds anything else; and OSError or MemoryError where the file cannot be read at
+    the moment.
     """
     name = str(path_or_url)
     is_url = name.startswith(("http://", "https://"))
     path = Path(download(name) if is_url else name)
+    is_folder = path.is_dir()
+    path = _weights_of(path) if is_folder else path
     if not path.is_file():
         raise FileNotFoundError(f"{name}: no such checkpoint")
     try:
         check_bits(path)
-        return as_checkpoint(read(path))
+        state = as_checkpoint(read(path), name)
     except ValueError as error:
         if is_url:
             path.unlink(missing_ok=True)
             raise ValueError(f"{name}: {error}. Its cached copy {path} was removed: try again") from None
-        raise ValueError(f"{name}: {error}") from None
+        raise ValueError(f"{path if is_folder else name}: {error}") from None
+    if is_folder or is_huggingface(state["model"]):
+        if is_url:
+            raise ValueError(f"{name} is a model of transformers: download its whole folder, and give that")
+        return read_model(state["model"], path.parent, name)
+    return state
 
 
-def as_checkpoint(state: Any) -> dict[str, Any]:
-    """Return the contents of a checkpoint file with the entry `model`, under the names of the bare model."""
+def _weights_of(folder: Path) -> Path:
+    """Return the file of the weights in a folder of transformers."""
+    for file in WEIGHTS_FILES:
+        if (folder / file).is_file():
+            return folder / file
+    raise FileNotFoundError(
+        f"{folder} is a folder without {' or '.join(WEIGHTS_FILES)}, so no model of transformers: name a file in it"
+    )
+
+
+def as_checkpoint(state: Any, name: str = "checkpoint") -> dict[str, Any]:
+    """Return the contents of a checkpoint file with the entry `model`, under the names of the bare model.
+
+    `name` is the file, for the log.
+    """
     if not isinstance(state, dict):
         raise ValueError(f"holds a {type(state).__name__}; a checkpoint is a dict with an entry 'model'")
+    done = []
     if "model" not in state:
-        if found := [name for name in OTHER_NAMES if isinstance(state.get(name), dict)]:
+        if found := [entry for entry in OTHER_NAMES if isinstance(state.get(entry), dict)]:
             state = {**state, "model": state[found[0]]}
+            done.append(f"entry {found[0]!r} taken as the model")
         elif _is_state_dict(state):
             state = {"model": state}
         else:
@@ -79,8 +108,17 @@ def as_checkpoint(state: Any) -> dict[str, Any]:
     weights = state["model"]
     if weights != {} and not _is_state_dict(weights):
         raise ValueError("its entry 'model' is no state dict (names and tensors): save model.state_dict()")
+    if any(key.startswith(CRITERION) for key in weights) and not all(key.startswith(CRITERION) for key in weights):
+        weights = {key: value for key, value in weights.items() if not key.startswith(CRITERION)}
+        done.append(f"{CRITERION}* left out")
     while prefix := next((p for p in PREFIXES if weights and all(key.startswith(p) for key in weights)), None):
         weights = {key.removeprefix(prefix): value for key, value in weights.items()}
+        done.append(f"prefix {prefix!r} removed")
+    if any(COMPILED in key for key in weights):  # of parts that were compiled
+        weights = {key.replace(COMPILED, ""): value for key, value in weights.items()}
+        done.append(f"{COMPILED!r} removed from names")
+    if done:
+        logger.info(f"{name}: {', '.join(done)}")
     return {**state, "model": weights}
 
 
@@ -103,7 +141,9 @@ def not_finite(tensors: dict[str, Tensor]) -> list[str]:
 
 def load_model(model: torch.nn.Module, state: dict, name: str) -> None:
     """Load `state["model"]` strictly; ValueError says what does not fit, or that values are not finite."""
-    own, given = model.state_dict(), state["model"]
+    own = model.state_dict()
+    # A backbone that was saved before its norms were frozen counts batches, which have no effect.
+    given = {key: value for key, value in state["model"].items() if key in own or not key.endswith(BATCH_COUNT)}
     problems = [f"no {key}" for key in own if key not in given] + [
         f"unexpected {key}" for key in given if key not in own
     ]

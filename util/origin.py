@@ -2,6 +2,7 @@
 
 import argparse
 from collections.abc import Collection
+from types import SimpleNamespace
 from typing import Any
 
 from util.checkpoint import count_classes
@@ -57,7 +58,7 @@ def check_class_names(state: dict, name: str, class_names: dict[int, str], stric
 def saved_flags(state: dict) -> dict[str, Any]:
     """Return the flags of the run that a checkpoint is from; none if it does not say."""
     saved = state.get("args")
-    saved = vars(saved) if isinstance(saved, argparse.Namespace) else saved
+    saved = vars(saved) if isinstance(saved, (argparse.Namespace, SimpleNamespace)) else saved
     return saved if isinstance(saved, dict) else {}
 
 

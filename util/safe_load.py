@@ -1,9 +1,10 @@
-"""Read files of torch.save: checksums are verified, and no code in a file runs."""
+"""Read files of torch.save and of safetensors: checksums are verified, and no code in a file runs."""
 
 import argparse
 import errno
 import pickle
 import re
+import types
 import zipfile
 from pathlib import Path, PosixPath, PurePosixPath, PureWindowsPath
 from typing import Any
@@ -11,7 +12,9 @@ from typing import Any
 import numpy as np
 import torch
 
-NUMBERS = "biuf"  # kinds of numpy types: bool, signed, unsigned, floating
+PATHS = ("pathlib", "pathlib._local")  # where Pythons have their paths
+LARGEST_HEADER = 100_000_000  # bytes, of a safetensors file
+NUMBERS, TEXT = "biuf", "U"  # kinds of numpy types: bool, signed, unsigned, floating; text
 NOT_CHECKPOINTS = {
     b"<": "a web page: the address or the download was wrong",
     b"version https://git-lfs": "a pointer of Git LFS: `git lfs pull` gets the file itself",
@@ -19,11 +22,11 @@ NOT_CHECKPOINTS = {
 
 
 class _Dtype:
-    """Replaces numpy.dtype while a file is read: plain number types only; other properties of the type are ignored."""
+    """Replaces numpy.dtype while a file is read: numbers and text only; other properties of the type are ignored."""
 
     def __init__(self, code: str, *_):
         self.dtype = np.dtype(code)
-        if self.dtype.kind not in NUMBERS:
+        if self.dtype.kind not in NUMBERS + TEXT:
             raise pickle.UnpicklingError(f"a numpy type {code}")
 
     def __setstate__(self, state: tuple) -> None:
@@ -36,6 +39,8 @@ class _Array(np.ndarray):
 
     def __setstate__(self, state: tuple) -> None:
         version, shape, kind, fortran, data = state
+        if kind.dtype.kind == TEXT:
+            raise pickle.UnpicklingError("an array of text")
         super().__setstate__((version, shape, kind.dtype, fortran, data))
 
 
@@ -43,14 +48,22 @@ def _new_array(*_) -> _Array:
     return np.empty(0, np.int8).view(_Array)
 
 
-def _scalar(kind: _Dtype, data: bytes) -> float | int | bool:
+def _scalar(kind: _Dtype, data: bytes) -> float | int | bool | str:
     return np.frombuffer(data, kind.dtype, count=1)[0].item()
 
 
+def _plain_dict(*_) -> dict:
+    return {}
+
+
 # Besides tensors and plain Python, checkpoints hold flags, among them paths of any system and Python version, and
-# numbers of numpy. A class that replaces the one named in a file may do less than it.
+# numbers and text of numpy. A class that replaces the one named in a file may do less than it.
 ALLOWED = [
     argparse.Namespace,
+    types.SimpleNamespace,
+    *(frozenset, list, dict, int, float, str),  # the last five name what a defaultdict makes
+    (_plain_dict, "collections.defaultdict"),
+    *((kind, f"{module}.{kind.__name__}") for kind in (PurePosixPath, PureWindowsPath) for module in PATHS),
     (PosixPath, "pathlib.PosixPath"),
     (PurePosixPath, "pathlib._local.PosixPath"),
     (PureWindowsPath, "pathlib.WindowsPath"),
@@ -101,6 +114,8 @@ def check_bits(path: Path) -> None:
 
 def read(path: Path, mmap: bool = False) -> Any:
     """Load a file with the allow-list, without its checksums; ValueError says what is wrong with its contents."""
+    if is_safetensors(path):
+        return read_safetensors(path)
     try:
         with torch.serialization.safe_globals(ALLOWED):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
@@ -110,6 +125,37 @@ def read(path: Path, mmap: bool = False) -> Any:
         raise ValueError(f"refused, since it holds more than tensors and plain Python ({what})") from None
     except Exception as error:  # damaged bytes can raise anything
         raise _reading_error(error, path) from None
+
+
+def is_safetensors(path: Path) -> bool:
+    """Return whether a file is in the format of safetensors: the length of a header, and the header, in JSON."""
+    if path.suffix == ".safetensors":
+        return True
+    with path.open("rb") as file:
+        start = file.read(9)
+    return start[8:] == b"{" and int.from_bytes(start[:8], "little") <= LARGEST_HEADER
+
+
+def read_safetensors(path: Path) -> dict[str, torch.Tensor]:
+    """Load a safetensors file; OSError if the package is missing, ValueError if the file is damaged."""
+    package = import_safetensors(path)
+    try:
+        return package.torch.load_file(path)
+    except package.SafetensorError as error:
+        raise ValueError(
+            f"not a readable checkpoint ({first_line(error)}): it is incomplete or damaged, take another copy"
+        ) from None
+    except Exception as error:
+        raise _reading_error(error, path) from None
+
+
+def import_safetensors(path: Path) -> Any:
+    """Return the optional package that reads and writes the file; OSError says how to install it."""
+    try:
+        import safetensors.torch
+    except ImportError:
+        raise OSError(f"{path}: safetensors files need a package: pip install safetensors") from None
+    return safetensors
 
 
 def _reading_error(error: Exception, path: Path) -> Exception:
