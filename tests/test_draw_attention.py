@@ -27,6 +27,9 @@ def test_heat_leaves_out_the_padding():
     weights[:, 1] = 0.4  # the image covers the left half of four columns, so this is the image's right half
     rows, columns = np.nonzero(bright(heat(GREY, weights, (1, 0.5))))
     assert columns.min() > 30 and columns.max() == 89 and rows.max() == 59
+    # Of 1.5 columns of cells, the centre of the second lies at the image's right edge.
+    _, columns = np.nonzero(bright(heat(GREY, weights, (1, 0.375))))
+    assert columns.min() > 62 and columns.max() == 89
     assert not bright(heat(GREY, torch.zeros(2, 4), (1, 1))).any()
 
 

@@ -354,6 +354,9 @@ def test_attention_is_drawn_for_each_object_and_point_on_pictures_and_page(coco_
     assert len(json.loads((where / "predictions.json").read_text())) == 3 * 8
     assert run(coco_root / "val2017", *flags, "--points", "5,5", "64,40") == 1  # images of 64 x 48 pixels
     assert "21.jpg: 1 of --points lie outside its 64 x 48 pixels" in capsys.readouterr().err
+    with Image.open(where / "pictures" / "000000000021.jpg") as picture:  # 1 + 8 objects + 1 point
+        last_row = np.asarray(picture)[-200:]
+        assert last_row[:, 400:700].mean() < 200 and last_row[:, 800:].mean() > 250
     assert len(json.loads((where / "predictions.json").read_text())) == 3 * 8
 
 
@@ -489,7 +492,7 @@ def test_tools_run_from_another_folder(tmp_path):
     folder = Path(predict.__file__).parent
     scripts = [path for path in sorted(folder.glob("*.py")) if '__name__ == "__main__"' in path.read_text()]
     line = "sys.path.insert(0, str(Path(__file__).resolve().parents[1]))"
-    assert len(scripts) == 6 and all(script.read_text().count(line) == 1 for script in scripts)
+    assert len(scripts) == 7 and all(script.read_text().count(line) == 1 for script in scripts)
     done = subprocess.run([sys.executable, folder / "predict.py", "gone.jpg"], cwd=tmp_path, capture_output=True)
     assert done.returncode == 2 and done.stderr.startswith(b"error: which model?")
 

@@ -94,7 +94,7 @@ def mark(image: Image.Image, point: Point, factor: float, text: str) -> Image.Im
     image = image.copy()
     x, y, radius = point[0] * factor, point[1] * factor, max(4, max(image.size) / 60)
     draw = ImageDraw.Draw(image)
-    draw.ellipse((x - radius, y - radius, x + radius, y + radius), outline=(0, 0, 0), width=4)
-    draw.ellipse((x - radius, y - radius, x + radius, y + radius), outline=MARK, width=2)
+    for colour, rim, width in (((0, 0, 0), radius + 1, 5), (MARK, radius, 3)):  # a dark rim on both sides of the ring
+        draw.ellipse((x - rim, y - rim, x + rim, y + rim), outline=colour, width=width)
     draw.text((x + radius + 2, y - radius), text, fill=MARK)
     return image
