@@ -1,12 +1,14 @@
 """Multi-head attention with PyTorch's fused kernels, and how to get its weights.
 
-The fused kernels do not return the attention weights. To get them, register a forward hook on an attention module, for
-example `model.transformer.decoder.layers[-1].multihead_attn`: while it has a hook, the module computes its weights too,
-and the hook finds them in output[1], averaged over heads: [B, Q, N] (for `encoder.layers[i].self_attn`: [B, N, N]).
+The fused kernels do not return the attention weights. `models.attention_maps.record_attention` gets those of all layers
+and heads. For code written against DETR, a forward hook on one attention module works as well, for example on
+`model.transformer.decoder.layers[-1].multihead_attn`: while it has a hook, the module computes its weights too, and the
+hook finds them in output[1], averaged over heads: [B, Q, N] (for `encoder.layers[i].self_attn`: [B, N, N]).
 
 Shapes: B images, Q queries, N keys, C = embed_dim.
 """
 
+from collections.abc import Callable
 from typing import Optional
 
 import torch
@@ -17,7 +19,12 @@ MaybeTensor = Optional[Tensor]  # noqa: UP045
 
 
 class Attention(nn.MultiheadAttention):
-    """Multi-head attention with nn.MultiheadAttention's parameters and PyTorch's fused kernels; batch first."""
+    """Multi-head attention with nn.MultiheadAttention's parameters and PyTorch's fused kernels; batch first.
+
+    If `record` is set, each call passes the arguments of `attention_weights` to it (see models/attention_maps.py).
+    """
+
+    record: Callable[[Tensor, Tensor, MaybeTensor], None] | None = None
 
     def __init__(self, embed_dim: int, num_heads: int, dropout: float = 0.0):
         super().__init__(embed_dim, num_heads, dropout=dropout, batch_first=True)
@@ -37,6 +44,7 @@ class Attention(nn.MultiheadAttention):
         `key_padding_mask` [B, N] is True on keys to ignore. `attn_mask`, [Q, N] or [B * heads, Q, N], is True where a
         query must not attend, or a float that is added to the scores. The weights are computed with `need_weights`
         and while the module has a forward hook: [B, Q, N], or [B, heads, Q, N] unless `average_attn_weights`.
+        They are those before dropout.
         """
         w_q, w_k, w_v = self.in_proj_weight.chunk(3)
         b_q, b_k, b_v = self.in_proj_bias.chunk(3)
@@ -50,6 +58,8 @@ class Attention(nn.MultiheadAttention):
         weights: MaybeTensor = None
         if not torch.jit.is_scripting():
             need_weights = need_weights or len(self._forward_hooks) > 0
+            if self.record is not None:
+                self.record(q, k, mask)
         if need_weights:
             weights = attention_weights(q, k, mask)
             if average_attn_weights:

@@ -7,10 +7,22 @@ import pytest
 
 import main
 import run_with_submitit
-from tools import benchmark, check_dataset, convert, draw_panoptic, import_data, predict, report, show_predictions
+from tools import (
+    benchmark,
+    check_dataset,
+    convert,
+    draw_panoptic,
+    import_data,
+    model_table,
+    predict,
+    report,
+    show_predictions,
+)
 
 ROOT = Path(__file__).parents[1]
-TOOLS = (benchmark, check_dataset, convert, draw_panoptic, import_data, predict, report, show_predictions)
+TOOLS = (
+    benchmark, check_dataset, convert, draw_panoptic, import_data, model_table, predict, report, show_predictions,
+)  # fmt: skip
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *(ROOT / ".github").glob("*.md")])
 NOT_OURS = {  # flags of other programs in the pages' commands
     "--nproc_per_node", "--nnodes", "--max-restarts", "--rdzv-backend", "--rdzv-endpoint", "--ntasks-per-node",

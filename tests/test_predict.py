@@ -16,6 +16,7 @@ from PIL import Image
 import hubconf
 import main as training
 from models import build_model
+from models.attention_maps import record_attention
 from tests.helpers import parse
 from tools import draw_panoptic, predict, show_predictions
 from tools.predictor import Predictor
@@ -342,6 +343,50 @@ def test_predictor_takes_paths_pictures_tensors_and_arrays(coco_root, checkpoint
             predictor(image)
 
 
+def test_attention_is_drawn_for_each_object_and_point_on_pictures_and_page(coco_root, checkpoint, tmp_path, capsys):
+    where = tmp_path / "found"
+    flags = ("--checkpoint", checkpoint, "--threshold", 0, "--output", where, "--batch_size", 3, "--show", "attention")
+    assert run(coco_root / "val2017", *flags, "--points", "5,5", "60,40") == 0
+    assert sorted(p.name for p in (where / "pictures").iterdir()) == [f"0000000000{i}.jpg" for i in (21, 22, 23)]
+    with Image.open(where / "pictures" / "000000000021.jpg") as picture:  # 1 + 8 objects + 2 points, four in a row
+        assert picture.width > 4 * 360 and 3 * 270 < picture.height < 4 * 270
+    assert (where / "sheet.html").read_text().count('<figure class="wide">') == 3
+    assert len(json.loads((where / "predictions.json").read_text())) == 3 * 8
+    assert run(coco_root / "val2017", *flags, "--points", "5,5", "64,40") == 1  # images of 64 x 48 pixels
+    assert "21.jpg: 1 of --points lie outside its 64 x 48 pixels" in capsys.readouterr().err
+    with Image.open(where / "pictures" / "000000000021.jpg") as picture:  # 1 + 8 objects + 1 point
+        last_row = np.asarray(picture)[-200:]
+        assert last_row[:, 400:700].mean() < 200 and last_row[:, 800:].mean() > 250
+    assert len(json.loads((where / "predictions.json").read_text())) == 3 * 8
+
+
+@pytest.mark.parametrize(("flags", "message"), [
+    ("--points 5,5", "add --show attention"),
+    ("--show attention --compile", "leave out --compile"),
+])  # fmt: skip
+def test_attention_flags_that_do_not_fit_together_are_refused(flags, message, capsys):
+    assert run("x.jpg", "--checkpoint", "x.pth", *flags.split()) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_attention_of_a_batch_is_that_of_each_query_and_image(coco_root, checkpoint):
+    predictor = Predictor.from_checkpoint(checkpoint, device="cpu")
+    images = [torch.randint(0, 256, (3, *size), dtype=torch.uint8) for size in [(64, 96), (96, 64)]]
+    with pytest.raises(ValueError, match="no attention was recorded: set"):
+        predictor(images[0], 0).draw("attention")
+    predictor.attention = True
+    with torch.no_grad(), record_attention(predictor.model) as maps:
+        logits = predictor.model(images)["pred_logits"]
+    for i, found in enumerate(predictor.predict_batch(images, 0)):
+        best = logits[i].softmax(-1)[:, :-1].max(-1).values.argsort(descending=True)
+        torch.testing.assert_close(found.attention.objects, maps["decoder"][-1][i].mean(0)[best])
+        torch.testing.assert_close(found.attention.cells, maps["encoder"][-1][i].mean(0))
+        assert found.attention.covered == pytest.approx([(2 / 3, 1), (1, 2 / 3)][i])
+        assert found.kinds == ["attention", "boxes"] and max(found.draw().size) == 480
+    with pytest.raises(ValueError, match=r"\[\(64, 1\)\] lie outside the image of \[64, 96\] pixels"):
+        found.draw("attention", [(64, 1)])
+
+
 def listed(tmp_path, *names):
     images = [{"id": 10 + k, "file_name": name} for k, name in enumerate(names)]
     content = {"images": images, "annotations": [], "categories": [{"id": 1, "name": "cat"}]}
@@ -447,7 +492,7 @@ def test_tools_run_from_another_folder(tmp_path):
     folder = Path(predict.__file__).parent
     scripts = [path for path in sorted(folder.glob("*.py")) if '__name__ == "__main__"' in path.read_text()]
     line = "sys.path.insert(0, str(Path(__file__).resolve().parents[1]))"
-    assert len(scripts) == 6 and all(script.read_text().count(line) == 1 for script in scripts)
+    assert len(scripts) == 7 and all(script.read_text().count(line) == 1 for script in scripts)
     done = subprocess.run([sys.executable, folder / "predict.py", "gone.jpg"], cwd=tmp_path, capture_output=True)
     assert done.returncode == 2 and done.stderr.startswith(b"error: which model?")
 

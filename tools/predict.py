@@ -2,6 +2,7 @@
 
 python tools/predict.py --checkpoint runs/shapes/checkpoint_best.pth photo.jpg folder "more/*.png" --output found
 python tools/predict.py --model detr_resnet50 photo.jpg                                # the published weights
+python tools/predict.py --model detr_resnet50 photo.jpg --show attention --points 300,200 40,50
 """
 
 import argparse
@@ -21,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from datasets.coco_index import read_coco_index
 from datasets.images import allow_large_images, read_upright
 from datasets.json_file import read_json
+from tools.draw_attention import Point, outside
 from tools.predictor import HUB_NAMES, Detections, Predictor, as_tensor
 from tools.results import OutputFolder, summary
 from util.cli import exit_status
@@ -40,8 +42,11 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--annotations", help="COCO file that gives class names, and image ids for the result file")
     add("--threshold", help="lowest score that is kept (default: 0.5; panoptic segments 0.85), or the report.json of "
         "tools/report.py, whose best threshold is used")
-    add("--show", choices=("boxes", "masks", "panoptic", "none"),
-        help="what to draw (default: all that the model gives); none: only the result files, for speed")
+    add("--show", choices=("boxes", "masks", "panoptic", "attention", "none"),
+        help="what to draw (default: all that the model gives); attention: of the last decoder layer, for each object; "
+        "none: only the result files, for speed")
+    add("--points", nargs="+", type=point, default=[], metavar="X,Y",
+        help="--show attention: pixels of each image from which the last encoder layer's attention is drawn as well")
     add("--output", default="predictions", help="folder to write (default: predictions)")
     add("--device", default="cuda", help="device to run on; without a GPU the CPU is used")
     add("--min_size", type=int, help="shortest side of the model's input (default: as in its evaluation)")
@@ -58,6 +63,12 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 
 # fmt: on
+def point(text: str) -> Point:
+    """Read a point "x,y"; ValueError for another text, which argparse reports."""
+    x, y = (float(number) for number in text.split(","))
+    return x, y
+
+
 def check_flags(args: argparse.Namespace) -> None:
     """Raise ValueError for numbers that make no sense."""
     for name, least in (("min_size", 1), ("max_size", 1), ("batch_size", 1), ("num_workers", 0)):
@@ -66,6 +77,10 @@ def check_flags(args: argparse.Namespace) -> None:
             raise ValueError(f"--{name} {value}: at least {least}")
     if args.threshold is not None and not 0 <= args.threshold <= 1:
         raise ValueError(f"--threshold {args.threshold}: a score between 0 and 1")
+    if args.points and args.show != "attention":
+        raise ValueError("--points chooses where attention starts: add --show attention")
+    if args.compile and args.show == "attention":
+        raise ValueError("--show attention runs the network uncompiled: leave out --compile")
     if not (args.checkpoint or args.model):
         raise ValueError(f"which model? Give --checkpoint FILE, or --model, one of {', '.join(HUB_NAMES)}")
 
@@ -205,7 +220,7 @@ def build_predictor(args: argparse.Namespace) -> Predictor:
         predictor = Predictor.from_checkpoint(args.checkpoint, args.device, names)
     predictor.min_size = args.min_size or predictor.min_size
     predictor.max_size = max(args.max_size or predictor.max_size, predictor.min_size)
-    predictor.amp = args.amp
+    predictor.amp, predictor.attention = args.amp, args.show == "attention"
     if args.compile:
         predictor.compile(args.compile)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.tf32
@@ -213,7 +228,7 @@ def build_predictor(args: argparse.Namespace) -> Predictor:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Predict; return 1 if there is no prediction for some images."""
+    """Predict; return 1 if some images have no prediction, or lack one of --points."""
     args = get_args_parser().parse_args(argv)
     args.threshold = read_threshold(args.threshold)
     check_flags(args)
@@ -236,7 +251,12 @@ def main(argv: list[str] | None = None) -> int:
                 failed += 1
                 tqdm.write(f"error: {printable(result)}", file=sys.stderr)
                 continue
-            folder.add(images[path], image_id, result, args.show)
+            if wrong := outside(args.points, result.image):
+                failed += 1
+                height, width = result.image.shape[1:]
+                text = f"{path}: {len(wrong)} of --points lie outside its {width} x {height} pixels"
+                tqdm.write(f"error: {printable(text)}", file=sys.stderr)
+            folder.add(images[path], image_id, result, args.show, [p for p in args.points if p not in wrong])
             counts.update(result.name(label) for label in result.labels.tolist())
             tqdm.write(f"{printable(images[path]):{width}}  {len(result):7}  {summary(result)}", file=sys.stdout)
     finally:  # an error or Ctrl-C must not lose the results so far

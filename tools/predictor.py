@@ -7,6 +7,7 @@ predictor("photo.jpg").draw().save("found.png")
 
 import io
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,10 +22,12 @@ from datasets.coco_names import COCO_NAMES
 from datasets.images import read_image, to_rgb
 from datasets.masks import read_segment_ids
 from datasets.transforms import resize
+from models.attention_maps import record_attention
 from models.detr import PostProcess
 from models.segmentation import PostProcessSegm
 from models.weights import build_described
 from tools.draw import class_colour, class_name, draw_boxes, draw_masks, draw_panoptic, fit, to_pil
+from tools.draw_attention import Attention, Point, draw_attention, outside, read_attention
 from util.checkpoint import count_classes, load_checkpoint
 from util.dist import pick_device
 from util.flags import NEW_FLAGS, with_defaults
@@ -42,7 +45,8 @@ class Detections:
     """The objects detected in one image [3, H, W], by descending score; boxes are x0 y0 x1 y1 in its pixels.
 
     Mask models give `masks`, bool [N, H, W]. Panoptic models give `panoptic_png`, an encoded map of segment ids in
-    COCO's format (0: no segment), and `segments`, COCO's `segments_info`. Otherwise these are None.
+    COCO's format (0: no segment), and `segments`, COCO's `segments_info`. A Predictor with `attention` gives the
+    weights of its last layers. Otherwise these are None.
     """
 
     image: Tensor
@@ -53,6 +57,7 @@ class Detections:
     masks: Tensor | None = None
     panoptic_png: bytes | None = None
     segments: list[dict] | None = None
+    attention: Attention | None = None
 
     def __len__(self) -> int:
         return len(self.scores)
@@ -72,15 +77,27 @@ class Detections:
 
     @property
     def kinds(self) -> list[str]:
-        """The kinds of drawing that are possible: "boxes", "masks", "panoptic"."""
-        possible = {"boxes": self.boxes, "masks": self.masks, "panoptic": self.segments}
+        """The kinds of drawing that are possible: "attention", "boxes", "masks", "panoptic"."""
+        possible = {
+            "attention": self.attention,
+            "boxes": self.boxes,
+            "masks": self.masks,
+            "panoptic": self.segments,
+        }
         return [kind for kind, data in possible.items() if data is not None]
 
-    def draw(self, kind: str | None = None) -> Image.Image:
-        """Draw "boxes", "masks" (with boxes) or "panoptic" segments; by default the last of `kinds`."""
+    def draw(self, kind: str | None = None, points: Sequence[Point] = ()) -> Image.Image:
+        """Draw "boxes", "masks" (with boxes) or "panoptic" segments; by default the last of `kinds`.
+
+        "attention" draws a panel for each object, and one for each of `points` (x, y in pixels).
+        """
         kind = kind or self.kinds[-1]
+        if kind == "attention" and self.attention is None:
+            raise ValueError("no attention was recorded: set `attention = True` on the Predictor before it predicts")
         if kind not in self.kinds:
             raise ValueError(f"this model gives no {kind}: choose from {', '.join(self.kinds)}")
+        if kind == "attention" and (wrong := outside(points, self.image)):
+            raise ValueError(f"points {wrong} lie outside the image of {list(self.image.shape[:0:-1])} pixels")
         picture = to_pil(self.image)
         labels = self.labels.tolist()
         colours = [class_colour(label) for label in labels]
@@ -90,6 +107,8 @@ class Detections:
         if kind == "panoptic":
             return draw_panoptic(picture, self.segment_ids, self.segments, self.class_names)
         captions = [f"{self.name(c)} {s:.2f}" for c, s in zip(labels, self.scores.tolist(), strict=True)]
+        if kind == "attention":
+            return draw_attention(to_pil(self.image), self.attention, self.boxes, captions, colours, points)
         return draw_boxes(picture, (self.boxes * factor).tolist(), captions, colours)
 
 
@@ -98,6 +117,7 @@ class Predictor:
 
     `postprocessors` are those that `build_model` returns. Images are resized as in evaluation: shortest side
     `min_size`, longest side at most `max_size`. `amp` ("bf16", "fp16" or None) runs the network in half precision.
+    With `attention`, detections have the attention weights of the last layers.
     """
 
     def __init__(
@@ -116,6 +136,7 @@ class Predictor:
         self.model, self.postprocessors = model.to(self.device).eval(), postprocessors
         self.class_names, self.min_size, self.max_size = class_names, min_size, max_size
         self.amp = amp
+        self.attention = False
 
     @classmethod
     def from_checkpoint(
@@ -180,7 +201,9 @@ class Predictor:
         images = [as_tensor(image) for image in images]
         resized = [resize(image, None, self.min_size, self.max_size)[0] for image in images]
         with torch.autocast(self.device.type, dtype=AMP_TYPES.get(self.amp), enabled=self.amp is not None):
-            outputs = self.model([image.to(self.device) for image in resized])
+            inputs = [image.to(self.device) for image in resized]
+            with record_attention(self.model, [-1]) if self.attention else nullcontext() as maps:
+                outputs = self.model(inputs)
         sizes, input_sizes = (torch.tensor([image.shape[-2:] for image in group]) for group in (images, resized))
 
         results, kept = [], []
@@ -198,9 +221,12 @@ class Predictor:
             Detections(image, **{name: value.cpu() for name, value in result.items()}, class_names=self.class_names)
             for image, result in zip(images, results, strict=True)
         ]
+        if maps:
+            for i, covered in enumerate((input_sizes / input_sizes.max(0).values).tolist()):
+                detections[i].attention = read_attention(maps, i, kept[i], tuple(covered))
         if "panoptic" in self.postprocessors:
-            maps = self._panoptic(outputs, input_sizes, sizes, threshold)
-            for each, answer in zip(detections, maps, strict=True):
+            answers = self._panoptic(outputs, input_sizes, sizes, threshold)
+            for each, answer in zip(detections, answers, strict=True):
                 each.panoptic_png, each.segments = answer["png_string"], answer["segments_info"]
         return detections
 

@@ -13,10 +13,12 @@ from PIL import Image
 from datasets.json_file import write_json
 from datasets.masks import encode_masks
 from tools.draw import fit
+from tools.draw_attention import Point
 from tools.predictor import Detections
 from util.text import printable
 
 THUMBNAIL = 360  # pixels of an image's longer side on the page
+SHEET = 1480  # pixels of the longer side of a sheet of panels on it
 
 
 def coco_records(detections: Detections, image_id: int, name: str) -> list[dict]:
@@ -45,12 +47,13 @@ def summary(detections: Detections) -> str:
     return printable(", ".join(words) or "-")
 
 
-def figure(picture: Image.Image, title: str, text: str) -> str:
-    """Make one entry of the HTML page, with the image embedded."""
-    thumbnail = picture if max(picture.size) <= THUMBNAIL else fit(picture, THUMBNAIL)[0]
+def figure(picture: Image.Image, title: str, text: str, side: int = THUMBNAIL) -> str:
+    """Make one entry of the HTML page, with the image embedded: its longer side is at most `side` pixels."""
+    thumbnail = picture if max(picture.size) <= side else fit(picture, side)[0]
     title, text = html.escape(printable(title)), html.escape(text)
+    wide = "" if side == THUMBNAIL else ' class="wide"'
     return (
-        f'<figure><img alt="{title}" src="{embedded(thumbnail)}"><figcaption><b>{title}</b><br>{text}'
+        f'<figure{wide}><img alt="{title}" src="{embedded(thumbnail)}"><figcaption><b>{title}</b><br>{text}'
         "</figcaption></figure>"
     )
 
@@ -67,6 +70,7 @@ def page(figures: Sequence[str], title: str) -> str:
     style = (
         "body{font:14px sans-serif;margin:16px;background:#fafafa}main{display:flex;flex-wrap:wrap;gap:12px}"
         f"figure{{margin:0;width:{THUMBNAIL}px;background:#fff;border:1px solid #ddd;padding:6px}}"
+        ".wide{width:auto;max-width:100%}"
         "img{max-width:100%}figcaption{padding-top:4px;overflow-wrap:anywhere}"
     )
     return (
@@ -93,14 +97,20 @@ class OutputFolder:
         self.used.add(stem.lower())
         return stem
 
-    def add(self, name: str, image_id: int, detections: Detections, show: str | None) -> None:
-        """Write one image's picture (unless `show` is "none") and panoptic map, and collect its records."""
+    def add(
+        self, name: str, image_id: int, detections: Detections, show: str | None, points: Sequence[Point] = ()
+    ) -> None:
+        """Write one image's picture (unless `show` is "none") and panoptic map, and collect its records.
+
+        `points` are those of `Detections.draw`.
+        """
         stem = self.stem(name)
         if show != "none":
-            picture = detections.draw(show)
+            picture = detections.draw(show, points)
             (self.path / "pictures").mkdir(exist_ok=True)
             picture.save(self.path / "pictures" / f"{stem}.jpg", quality=92)
-            self.figures.append(figure(picture, name, summary(detections)))
+            side = SHEET if show == "attention" else THUMBNAIL
+            self.figures.append(figure(picture, name, summary(detections), side))
         self.records += coco_records(detections, image_id, name)
         if detections.segments is not None:
             (self.path / "panoptic").mkdir(exist_ok=True)
