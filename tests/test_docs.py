@@ -7,14 +7,15 @@ import pytest
 
 import main
 import run_with_submitit
-from tools import benchmark, check_dataset, draw_panoptic, import_data, predict, show_predictions
+from tools import benchmark, check_dataset, draw_panoptic, export, import_data, predict, show_predictions
 
 ROOT = Path(__file__).parents[1]
-TOOLS = (benchmark, check_dataset, draw_panoptic, import_data, predict, show_predictions)
+TOOLS = (benchmark, check_dataset, draw_panoptic, export, import_data, predict, show_predictions)
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *(ROOT / ".github").glob("*.md")])
 NOT_OURS = {  # flags of other programs in the pages' commands
     "--nproc_per_node", "--nnodes", "--max-restarts", "--rdzv-backend", "--rdzv-endpoint", "--ntasks-per-node",
-    "--kill-on-bad-exit", "--kills", "--durations",
+    "--kill-on-bad-exit", "--kills", "--durations", "--build", "--onnx", "--saveEngine", "--minShapes", "--optShapes",
+    "--maxShapes", "--output_model", "--fp16",
 }  # fmt: skip
 
 

@@ -53,6 +53,8 @@ def check_flags(args: argparse.Namespace) -> None:
     """Raise ValueError for flags that do not fit together, before the model is loaded."""
     if not (args.checkpoint or args.model):
         raise ValueError(f"which model? Give --checkpoint FILE, or --model, one of {', '.join(HUB_NAMES)}")
+    if (args.checkpoint or "").endswith(tuple(SUFFIXES.values())):
+        raise ValueError(f"--checkpoint {args.checkpoint}: an exported file; give the checkpoint it was made from")
     suffix = SUFFIXES[args.format]
     if not args.output.endswith(suffix):
         raise ValueError(f"--output {args.output}: the name of a {args.format} file ends in {suffix}")

@@ -24,10 +24,10 @@ QUANTIZED = {
 }
 CONFIDENT = 0.5  # labels are compared for objects with at least this score
 UNITS = {
-    "scores": "(0 to 1)",
-    "labels": f"of the objects with a score of at least {CONFIDENT} have another class",
-    "boxes": "of the image's side",
-    "masks": "of the mask pixels differ",
+    "scores": "",
+    "labels": f" of the objects with a score of at least {CONFIDENT} have another class",
+    "boxes": " of the image's side",
+    "masks": " of the mask pixels differ",
 }
 
 
@@ -96,10 +96,10 @@ def _quantized_row(name: str, expected: Tensor, found: Tensor, scores: Tensor, l
         differs = (found != expected).float()
         differs = differs[scores >= CONFIDENT] if name == "labels" else differs
         share = differs.mean().item() if differs.numel() else 0.0
-        return f"{share:.2%} {UNITS[name]} (tolerance {limit:.2%})", share <= limit
+        return f"{share:.2%}{UNITS[name]} (tolerance {limit:.2%})", share <= limit
     difference = (found - expected).abs()
     average, largest = difference.mean().item(), difference.max().item()
     style = ".4f" if name == "scores" else ".2%"
     numbers = [format(number, style) for number in (average, limit, largest)]
-    text = "average difference {} {} (tolerance {}), largest {}".format(numbers[0], UNITS[name], *numbers[1:])
+    text = "average difference {}{} (tolerance {}), largest {}".format(numbers[0], UNITS[name], *numbers[1:])
     return text, average <= limit

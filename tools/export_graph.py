@@ -116,13 +116,14 @@ def write_onnx(
             graph, inputs, dynamo=True, verbose=False, opset_version=opset, input_names=names,
             output_names=output_names(graph), dynamic_shapes=tuple(AXES[name] for name in names),
         )  # fmt: skip
-        assert program is not None, "torch.onnx.export returned no program"
-        # Frozen norms are folded into the weights of their convolutions here: constants of any size, hence the limits.
-        # Otherwise quantization does not see these weights.
-        onnxscript.optimizer.optimize(program.model, input_size_limit=2**31, output_size_limit=2**31)
+    assert program is not None, "torch.onnx.export returned no program"
     written = program.model.opset_imports[""]
     if opset is not None and written != opset:  # its conversion to this opset failed
         raise ValueError(f"--opset {opset}: PyTorch could only write opset {written}; leave --opset out")
+    with quiet():
+        # Frozen norms are folded into the weights of their convolutions here: constants of any size, hence the limits.
+        # Otherwise quantization does not see these weights.
+        onnxscript.optimizer.optimize(program.model, input_size_limit=2**31, output_size_limit=2**31)
     program.model.metadata_props.update(as_properties(metadata))
     program.save(path)
     onnx.checker.check_model(path)
