@@ -128,7 +128,8 @@ def test_files_of_pytorch_equal_the_model_at_other_sizes(exported, file_format, 
     else:
         extra = {"detr.json": ""}
         with export_graph.quiet():
-            torch.jit.load(path, _extra_files=extra)
+            scripted = torch.jit.load(path, _extra_files=extra)
+        assert "boxes" in " ".join(scripted(*example((1, 64, 96), True, "--uint8" in flags)))  # always takes a mask
     metadata = json.loads(extra["detr.json"])
     assert metadata["class_names"] == {"1": "cat", "3": "dog"} and metadata["min_size"] == 64
     assert metadata["input"] == ("uint8" if "--uint8" in flags else "float32") and metadata["format_version"] == 1
