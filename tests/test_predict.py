@@ -447,7 +447,7 @@ def test_tools_run_from_another_folder(tmp_path):
     folder = Path(predict.__file__).parent
     scripts = [path for path in sorted(folder.glob("*.py")) if '__name__ == "__main__"' in path.read_text()]
     line = "sys.path.insert(0, str(Path(__file__).resolve().parents[1]))"
-    assert len(scripts) == 6 and all(script.read_text().count(line) == 1 for script in scripts)
+    assert len(scripts) == 7 and all(script.read_text().count(line) == 1 for script in scripts)
     done = subprocess.run([sys.executable, folder / "predict.py", "gone.jpg"], cwd=tmp_path, capture_output=True)
     assert done.returncode == 2 and done.stderr.startswith(b"error: which model?")
 
