@@ -5,6 +5,7 @@ import json
 from types import SimpleNamespace
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 
@@ -104,3 +105,9 @@ def layers_of(logits, boxes):
 def loader_of(images_per_step=2):
     """What build_run needs of a data loader."""
     return SimpleNamespace(batch_sampler=SimpleNamespace(images_per_step=images_per_step))
+
+
+def needs_onnx():
+    """Skip the test where the packages of ONNX files are not installed."""
+    for name in ("onnx", "onnxruntime", "onnxscript"):
+        pytest.importorskip(name, reason=f"needs {name}: pip install -r requirements-export.txt")
