@@ -1,10 +1,17 @@
 """Fixtures shared by all tests, and quiet threads."""
 
+import io
+from contextlib import redirect_stdout
+
 import numpy as np
 import pytest
 import torch
 
-from tests.helpers import JOB, TINY, write_coco
+from models import build_model
+from tests.helpers import JOB, TINY, parse, write_coco
+from tools import export, export_graph
+from util.checkpoint import save_checkpoint
+from util.cli import exit_status
 
 torch.set_num_threads(1)  # small tensors: more threads would only wait for each other
 
@@ -34,3 +41,39 @@ def job_flags(tmp_path_factory):
     write_coco(root / "coco", "train", range(1, 17), objects, categories)
     write_coco(root / "coco", "val", range(1, 5), objects[:4], categories)
     return f"{TINY} {JOB} --coco_path {root}/coco --epochs 2"
+
+
+@pytest.fixture(scope="session")
+def checkpoints(tmp_path_factory):
+    """One checkpoint with boxes and one with masks, of models that are sure of some objects."""
+    folder = tmp_path_factory.mktemp("checkpoints")
+    masks = "--num_classes 4 --masks --hidden_dim 128 --nheads 8 --dataset_file coco_panoptic"
+    for name, flags in ("boxes", "--num_classes 4"), ("masks", masks):
+        torch.manual_seed(0)
+        args = parse(flags)
+        model = build_model(args)[0]
+        detr = getattr(model, "detr", model)
+        detr.class_embed.bias.data[3] += 3
+        detr.query_embed.weight.data *= 10  # so that the queries differ
+        state = {"model": model.state_dict(), "args": vars(args), "class_names": {1: "cat", 3: "dog"}}
+        save_checkpoint(state, folder / f"{name}.pth")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def exported(checkpoints):
+    """A function that exports once for all tests: (model, format, flags) -> (file, exit status, printed text)."""
+    files = {}
+
+    def run(model, file_format, *flags):
+        key = (model, file_format, *flags)
+        if key not in files:
+            path = checkpoints / f"{len(files)}{export_graph.SUFFIXES[file_format]}"
+            words = ["--checkpoint", f"{checkpoints}/{model}.pth", "--format", file_format, "--output", str(path)]
+            printed = io.StringIO()
+            with redirect_stdout(printed):
+                status = exit_status(lambda: export.main([*words, *flags]))
+            files[key] = (path, status, printed.getvalue())
+        return files[key]
+
+    return run

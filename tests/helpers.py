@@ -5,6 +5,7 @@ import json
 from types import SimpleNamespace
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 
@@ -124,3 +125,9 @@ def write_transformers_folder(state, folder, layout="timm", classes=4):
     (folder / "preprocessor_config.json").write_text(json.dumps(processor_of(state["args"])))
     torch.save(to_huggingface(state["model"], layout), folder / "pytorch_model.bin")
     return folder
+
+
+def needs_onnx():
+    """Skip the test where the packages of ONNX files are not installed."""
+    for name in ("onnx", "onnxruntime", "onnxscript"):
+        pytest.importorskip(name, reason=f"needs {name}: pip install -r requirements-export.txt")

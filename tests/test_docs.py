@@ -12,6 +12,7 @@ from tools import (
     check_dataset,
     convert,
     draw_panoptic,
+    export,
     import_data,
     model_table,
     predict,
@@ -21,12 +22,14 @@ from tools import (
 
 ROOT = Path(__file__).parents[1]
 TOOLS = (
-    benchmark, check_dataset, convert, draw_panoptic, import_data, model_table, predict, report, show_predictions,
+    benchmark, check_dataset, convert, draw_panoptic, export, import_data, model_table, predict, report,
+    show_predictions,
 )  # fmt: skip
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *(ROOT / ".github").glob("*.md")])
 NOT_OURS = {  # flags of other programs in the pages' commands
     "--nproc_per_node", "--nnodes", "--max-restarts", "--rdzv-backend", "--rdzv-endpoint", "--ntasks-per-node",
     "--kill-on-bad-exit", "--kills", "--durations", "--logdir",
+    "--build", "--onnx", "--saveEngine", "--minShapes", "--optShapes", "--maxShapes", "--output_model", "--fp16",
 }  # fmt: skip
 
 

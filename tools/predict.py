@@ -3,6 +3,7 @@
 python tools/predict.py --checkpoint runs/shapes/checkpoint_best.pth photo.jpg folder "more/*.png" --output found
 python tools/predict.py --model detr_resnet50 photo.jpg                                # the published weights
 python tools/predict.py --model detr_resnet50 photo.jpg --show attention --points 300,200 40,50
+python tools/predict.py --checkpoint model.onnx photo.jpg                              # a file of tools/export.py
 """
 
 import argparse
@@ -23,6 +24,7 @@ from datasets.coco_index import read_coco_index
 from datasets.images import allow_large_images, read_upright
 from datasets.json_file import read_json
 from tools.draw_attention import Point, outside
+from tools.onnx_model import onnx_predictor
 from tools.predictor import HUB_NAMES, Detections, Predictor, as_tensor
 from tools.results import OutputFolder, summary
 from util.cli import exit_status
@@ -37,7 +39,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("inputs", nargs="+", help="image files, folders (searched with their subfolders), or globs in quotes")
-    add("--checkpoint", help="file or URL; written by training, or in DETR's published format")
+    add("--checkpoint", help="file or URL; written by training or tools/export.py (.onnx), or in DETR's format")
     add("--model", choices=HUB_NAMES, help="a published model: for its weights, or for a file that names no model")
     add("--annotations", help="COCO file that gives class names, and image ids for the result file")
     add("--threshold", help="lowest score that is kept (default: 0.5; panoptic segments 0.85), or the report.json of "
@@ -83,6 +85,14 @@ def check_flags(args: argparse.Namespace) -> None:
         raise ValueError("--show attention runs the network uncompiled: leave out --compile")
     if not (args.checkpoint or args.model):
         raise ValueError(f"which model? Give --checkpoint FILE, or --model, one of {', '.join(HUB_NAMES)}")
+    if (args.checkpoint or "").endswith(".onnx"):
+        useless = [f"--{name}" for name in ("model", "compile", "amp", "tf32") if getattr(args, name)]
+        if useless:
+            raise ValueError(f"{', '.join(useless)}: for PyTorch checkpoints only; {args.checkpoint} runs as exported")
+        if args.show == "attention":
+            raise ValueError(
+                f"--show attention needs a PyTorch checkpoint: {args.checkpoint} holds no attention weights"
+            )
 
 
 def read_threshold(text: str | None) -> float | None:
@@ -214,7 +224,9 @@ def predict_files(predictor: Predictor, loader: DataLoader, threshold: float | N
 def build_predictor(args: argparse.Namespace) -> Predictor:
     """Build the predictor that the flags describe."""
     names = read_image_list(args.annotations)[1] if args.annotations else None
-    if args.model:
+    if (args.checkpoint or "").endswith(".onnx"):
+        predictor = onnx_predictor(args.checkpoint, args.device, names)
+    elif args.model:
         predictor = Predictor.from_hub(args.model, args.checkpoint, args.device, names)
     else:
         predictor = Predictor.from_checkpoint(args.checkpoint, args.device, names)
