@@ -23,6 +23,7 @@ from datasets.images import allow_large_images, read_upright
 from datasets.json_file import read_json
 from tools.predictor import HUB_NAMES, Detections, Predictor, as_tensor
 from tools.results import OutputFolder, summary
+from tools.tiles import TiledPredictor, check_tiling
 from util.cli import exit_status
 from util.text import printable
 
@@ -46,7 +47,9 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--device", default="cuda", help="device to run on; without a GPU the CPU is used")
     add("--min_size", type=int, help="shortest side of the model's input (default: as in its evaluation)")
     add("--max_size", type=int, help="longest side at most (default: as in its evaluation)")
-    add("--batch_size", type=int, default=1, help="images in one forward pass")
+    add("--tile", type=int, help="cut images into tiles of so many pixels, for small objects in large images")
+    add("--overlap", type=float, default=0.2, help="share of a tile that its neighbour repeats (default: 0.2)")
+    add("--batch_size", type=int, default=1, help="images (or tiles) in one forward pass")
     add("--num_workers", type=int, default=0, help="processes that read images ahead, for many images")
     add("--compile", nargs="?", const="any", choices=("any", "fixed"),
         help="compile the network, for many images; fixed: for images of few sizes (CUDA graphs on a GPU)")
@@ -64,6 +67,8 @@ def check_flags(args: argparse.Namespace) -> None:
         value = getattr(args, name)
         if value is not None and value < least:
             raise ValueError(f"--{name} {value}: at least {least}")
+    if args.tile is not None:
+        check_tiling(args.tile, args.overlap)
     if args.threshold is not None and not 0 <= args.threshold <= 1:
         raise ValueError(f"--threshold {args.threshold}: a score between 0 and 1")
     if not (args.checkpoint or args.model):
@@ -174,7 +179,9 @@ class Pictures(Dataset):
         return path, self.ids[i], image
 
 
-def predict_each(predictor: Predictor, images: list[Tensor], threshold: float | None) -> list[Detections | str]:
+def predict_each(
+    predictor: Predictor | TiledPredictor, images: list[Tensor], threshold: float | None
+) -> list[Detections | str]:
     """Predict a batch; if that fails, predict image by image, and return an error message for those that fail."""
     try:
         found = predictor.predict_batch(images, threshold)
@@ -185,7 +192,9 @@ def predict_each(predictor: Predictor, images: list[Tensor], threshold: float | 
     return [predict_each(predictor, [image], threshold)[0] for image in images]
 
 
-def predict_files(predictor: Predictor, loader: DataLoader, threshold: float | None) -> Iterator[tuple]:
+def predict_files(
+    predictor: Predictor | TiledPredictor, loader: DataLoader, threshold: float | None
+) -> Iterator[tuple]:
     """Yield (path, image id, Detections or an error message) for every image."""
     for batch in loader:
         results = iter(predict_each(predictor, [i for *_, i in batch if isinstance(i, Tensor)], threshold))
@@ -196,7 +205,7 @@ def predict_files(predictor: Predictor, loader: DataLoader, threshold: float | N
             yield path, image_id, result
 
 
-def build_predictor(args: argparse.Namespace) -> Predictor:
+def build_predictor(args: argparse.Namespace) -> Predictor | TiledPredictor:
     """Build the predictor that the flags describe."""
     names = read_image_list(args.annotations)[1] if args.annotations else None
     if args.model:
@@ -209,7 +218,7 @@ def build_predictor(args: argparse.Namespace) -> Predictor:
     if args.compile:
         predictor.compile(args.compile)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.tf32
-    return predictor
+    return TiledPredictor(predictor, args.tile, args.overlap, args.batch_size) if args.tile else predictor
 
 
 def main(argv: list[str] | None = None) -> int:
