@@ -2,6 +2,7 @@
 
 python tools/predict.py --checkpoint runs/shapes/checkpoint_best.pth photo.jpg folder "more/*.png" --output found
 python tools/predict.py --model detr_resnet50 photo.jpg                                # the published weights
+python tools/predict.py --checkpoint runs/shapes/checkpoint_best.pth film.mp4          # a film, or 0 for a camera
 """
 
 import argparse
@@ -24,6 +25,7 @@ from datasets.json_file import read_json
 from tools.predictor import HUB_NAMES, Detections, Predictor, as_tensor
 from tools.results import OutputFolder, summary
 from tools.tiles import TiledPredictor, check_tiling
+from tools.video import find_video, predict_video
 from util.cli import exit_status
 from util.text import printable
 
@@ -35,7 +37,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     """Declare the flags."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("inputs", nargs="+", help="image files, folders (searched with their subfolders), or globs in quotes")
+    add("inputs", nargs="+", help="image files, folders (searched with their subfolders), or globs in quotes; "
+        "or one film, or the number of a camera")
     add("--checkpoint", help="file or URL; written by training, or in DETR's published format")
     add("--model", choices=HUB_NAMES, help="a published model: for its weights, or for a file that names no model")
     add("--annotations", help="COCO file that gives class names, and image ids for the result file")
@@ -49,13 +52,14 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--max_size", type=int, help="longest side at most (default: as in its evaluation)")
     add("--tile", type=int, help="cut images into tiles of so many pixels, for small objects in large images")
     add("--overlap", type=float, default=0.2, help="share of a tile that its neighbour repeats (default: 0.2)")
+    add("--every", type=int, default=1, help="predict each N-th frame of a film, and repeat the boxes between")
     add("--batch_size", type=int, default=1, help="images (or tiles) in one forward pass")
     add("--num_workers", type=int, default=0, help="processes that read images ahead, for many images")
     add("--compile", nargs="?", const="any", choices=("any", "fixed"),
         help="compile the network, for many images; fixed: for images of few sizes (CUDA graphs on a GPU)")
     add("--amp", choices=("bf16", "fp16"), help="half precision in the network")
     add("--tf32", action="store_true", help="allow TF32 in float32 products on a GPU")
-    add("--upright", action="store_true", help="rotate photographs as their EXIF tag says (training never does)")
+    add("--upright", action="store_true", help="rotate photographs and films as their files say (training never does)")
     add("--allow", action="append", default=[], choices=("large_images",), help="read images beyond PIL's limit")
     return parser
 
@@ -63,7 +67,7 @@ def get_args_parser() -> argparse.ArgumentParser:
 # fmt: on
 def check_flags(args: argparse.Namespace) -> None:
     """Raise ValueError for numbers that make no sense."""
-    for name, least in (("min_size", 1), ("max_size", 1), ("batch_size", 1), ("num_workers", 0)):
+    for name, least in (("min_size", 1), ("max_size", 1), ("batch_size", 1), ("num_workers", 0), ("every", 1)):
         value = getattr(args, name)
         if value is not None and value < least:
             raise ValueError(f"--{name} {value}: at least {least}")
@@ -226,6 +230,12 @@ def main(argv: list[str] | None = None) -> int:
     args = get_args_parser().parse_args(argv)
     args.threshold = read_threshold(args.threshold)
     check_flags(args)
+    if video := find_video(args.inputs):
+        predictor = build_predictor(args)
+        predict_one = lambda frame: predict_each(predictor, [frame], args.threshold)[0]  # noqa: E731
+        return predict_video(
+            video, predict_one, predictor.class_names, args.output, args.show, args.every, args.upright
+        )
     images = find_images(args.inputs)
     inside = [path for path in images if Path(args.output).resolve() in path.resolve().parents]
     if inside:
