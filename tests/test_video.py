@@ -205,6 +205,14 @@ def test_a_film_of_a_turned_phone_is_rotated_on_demand(av, tmp_path, upright):
     assert frames[0][4, 4].max() < 60 if upright else frames[0][4, -4].max() < 60
 
 
+def test_frames_of_another_size_are_scaled_to_that_of_the_first(av):
+    frames = [av.VideoFrame.from_image(Image.new("RGB", size)) for size in [(64, 48), (32, 32), (128, 96)]]
+    container = SimpleNamespace(
+        streams=SimpleNamespace(video=[SimpleNamespace(frames=0)]), decode=lambda stream: iter(frames)
+    )
+    assert [list(frame.shape) for frame in video.read_frames(container, "a.mp4")] == [[3, 48, 64]] * 3
+
+
 def test_a_film_in_the_output_folder_is_refused(av, tmp_path):
     film = write_film(av, tmp_path / "a.mp4")
     with pytest.raises(ValueError, match="could be overwritten: choose another"):
