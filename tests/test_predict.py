@@ -437,7 +437,7 @@ def test_predict_when_interrupted_writes_the_results_so_far(coco_root, checkpoin
 
 
 @pytest.mark.parametrize("flags", ["--threshold nan", "--threshold 1.5", "--min_size -5", "--max_size 0",
-                                   "--num_workers -1"])  # fmt: skip
+                                   "--num_workers -1", "--every 0"])  # fmt: skip
 def test_predict_with_a_meaningless_number_is_refused(flags, capsys):
     assert run("x.jpg", "--checkpoint", "x.pth", *flags.split()) == 2
     assert " ".join(flags.split()) in capsys.readouterr().err
