@@ -53,10 +53,9 @@ def read_film(av, path):
 
 def one_box(frame, calls=None):
     """A box in the lower right quarter of every frame; its score is the frame's brightness."""
-    brightness = frame[:, -4:, -4:].float().mean() / 255
+    (height, width), brightness = frame.shape[1:], frame[:, -4:, -4:].float().mean() / 255
     if calls is not None:
         calls.append(frame)
-    height, width = frame.shape[1:]
     box = torch.tensor([[0.6 * width, 0.6 * height, 0.9 * width, 0.9 * height]])
     return Detections(frame, brightness[None], torch.tensor([1]), box, NAMES)
 
