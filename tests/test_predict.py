@@ -362,7 +362,7 @@ def test_attention_is_drawn_for_each_object_and_point_on_pictures_and_page(coco_
 
 @pytest.mark.parametrize(("flags", "message"), [
     ("--points 5,5", "add --show attention"),
-    ("--show attention --compile", "leave out --compile"),
+    ("--show attention --compile", "leave out --compile"), ("--show attention --tile 64", "leave out --compile"),
 ])  # fmt: skip
 def test_attention_flags_that_do_not_fit_together_are_refused(flags, message, capsys):
     assert run("x.jpg", "--checkpoint", "x.pth", *flags.split()) == 2
@@ -482,7 +482,7 @@ def test_predict_when_interrupted_writes_the_results_so_far(coco_root, checkpoin
 
 
 @pytest.mark.parametrize("flags", ["--threshold nan", "--threshold 1.5", "--min_size -5", "--max_size 0",
-                                   "--num_workers -1"])  # fmt: skip
+                                   "--num_workers -1", "--every 0"])  # fmt: skip
 def test_predict_with_a_meaningless_number_is_refused(flags, capsys):
     assert run("x.jpg", "--checkpoint", "x.pth", *flags.split()) == 2
     assert " ".join(flags.split()) in capsys.readouterr().err

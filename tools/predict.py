@@ -4,33 +4,31 @@ python tools/predict.py --checkpoint runs/shapes/checkpoint_best.pth photo.jpg f
 python tools/predict.py --model detr_resnet50 photo.jpg                                # the published weights
 python tools/predict.py --model detr_resnet50 photo.jpg --show attention --points 300,200 40,50
 python tools/predict.py --checkpoint model.onnx photo.jpg                              # a file of tools/export.py
+python tools/predict.py --checkpoint runs/shapes/checkpoint_best.pth film.mp4          # a film, or 0 for a camera
 """
 
 import argparse
-import glob
-import os
 import sys
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from pathlib import Path, PurePosixPath
+from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from datasets.coco_index import read_coco_index
-from datasets.images import allow_large_images, read_upright
 from datasets.json_file import read_json
 from tools.draw_attention import Point, outside
+from tools.inputs import Pictures, find_images, image_ids, read_image_list
 from tools.onnx_model import onnx_predictor
-from tools.predictor import HUB_NAMES, Detections, Predictor, as_tensor
+from tools.predictor import HUB_NAMES, Detections, Predictor
 from tools.results import OutputFolder, summary
+from tools.tiles import TiledPredictor, check_tiling
+from tools.video import find_video, predict_video
 from util.cli import exit_status
 from util.text import printable
-
-SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif"}
 
 
 # fmt: off
@@ -38,7 +36,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     """Declare the flags."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("inputs", nargs="+", help="image files, folders (searched with their subfolders), or globs in quotes")
+    add("inputs", nargs="+", help="image files, folders (searched with their subfolders), or globs in quotes; "
+        "or one film, or the number of a camera")
     add("--checkpoint", help="file or URL; written by training or tools/export.py (.onnx), or in DETR's format")
     add("--model", choices=HUB_NAMES, help="a published model: for its weights, or for a file that names no model")
     add("--annotations", help="COCO file that gives class names, and image ids for the result file")
@@ -53,13 +52,16 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--device", default="cuda", help="device to run on; without a GPU the CPU is used")
     add("--min_size", type=int, help="shortest side of the model's input (default: as in its evaluation)")
     add("--max_size", type=int, help="longest side at most (default: as in its evaluation)")
-    add("--batch_size", type=int, default=1, help="images in one forward pass")
+    add("--tile", type=int, help="cut images into tiles of so many pixels, for small objects in large images")
+    add("--overlap", type=float, default=0.2, help="share of a tile that its neighbour repeats (default: 0.2)")
+    add("--every", type=int, default=1, help="predict each N-th frame of a film, and repeat the boxes between")
+    add("--batch_size", type=int, default=1, help="images (or tiles) in one forward pass")
     add("--num_workers", type=int, default=0, help="processes that read images ahead, for many images")
     add("--compile", nargs="?", const="any", choices=("any", "fixed"),
         help="compile the network, for many images; fixed: for images of few sizes (CUDA graphs on a GPU)")
     add("--amp", choices=("bf16", "fp16"), help="half precision in the network")
     add("--tf32", action="store_true", help="allow TF32 in float32 products on a GPU")
-    add("--upright", action="store_true", help="rotate photographs as their EXIF tag says (training never does)")
+    add("--upright", action="store_true", help="rotate photographs and films as their files say (training never does)")
     add("--allow", action="append", default=[], choices=("large_images",), help="read images beyond PIL's limit")
     return parser
 
@@ -73,16 +75,18 @@ def point(text: str) -> Point:
 
 def check_flags(args: argparse.Namespace) -> None:
     """Raise ValueError for numbers that make no sense."""
-    for name, least in (("min_size", 1), ("max_size", 1), ("batch_size", 1), ("num_workers", 0)):
+    for name, least in (("min_size", 1), ("max_size", 1), ("batch_size", 1), ("num_workers", 0), ("every", 1)):
         value = getattr(args, name)
         if value is not None and value < least:
             raise ValueError(f"--{name} {value}: at least {least}")
+    if args.tile is not None:
+        check_tiling(args.tile, args.overlap)
     if args.threshold is not None and not 0 <= args.threshold <= 1:
         raise ValueError(f"--threshold {args.threshold}: a score between 0 and 1")
     if args.points and args.show != "attention":
         raise ValueError("--points chooses where attention starts: add --show attention")
-    if args.compile and args.show == "attention":
-        raise ValueError("--show attention runs the network uncompiled: leave out --compile")
+    if args.show == "attention" and (args.compile or args.tile):
+        raise ValueError("--show attention runs the whole network, uncompiled: leave out --compile and --tile")
     if not (args.checkpoint or args.model):
         raise ValueError(f"which model? Give --checkpoint FILE, or --model, one of {', '.join(HUB_NAMES)}")
     if (args.checkpoint or "").endswith(".onnx"):
@@ -108,98 +112,9 @@ def read_threshold(text: str | None) -> float | None:
     return report["best"]["threshold"]
 
 
-def find_images(inputs: Sequence[str]) -> dict[Path, str]:
-    """Expand files, folders and globs to {path: its path relative to the given folder, or its file name}.
-
-    Raises FileNotFoundError or ValueError for an input that gives no image.
-    """
-    images, seen = {}, set()
-    for text in inputs:
-        folder = Path(text)
-        if folder.is_dir():
-            files = (path for path in sorted(folder.rglob("*")) if path.suffix.lower() in SUFFIXES)
-            found = {path: path.relative_to(folder) for path in files if path.is_file() or path.is_symlink()}
-            if not found:
-                raise ValueError(f"{text}: no images in this folder ({', '.join(sorted(SUFFIXES))})")
-        else:
-            names = [text] if folder.is_file() else sorted(glob.glob(text, recursive=True))
-            found = {Path(name): Path(name).name for name in names if Path(name).is_file()}
-            if not found:
-                raise FileNotFoundError(f"{text}: no such file or folder, and no file matches")
-        for path, relative in found.items():
-            absolute = os.path.abspath(path)
-            if absolute not in seen:
-                seen.add(absolute)
-                images[path] = PurePosixPath(relative).as_posix()
-    return images
-
-
-def read_image_list(path: str | Path) -> tuple[dict[str, int], dict[int, str]]:
-    """Read {file name: image id} and {class id: name} of a COCO file."""
-    index = read_coco_index(path)
-    ids = dict(zip(index.file_names.tolist(), index.image_ids.tolist(), strict=True))
-    if len(ids) < len(index.file_names):
-        raise ValueError(f"{path}: some images have the same file name")
-    return ids, index.categories
-
-
-def image_ids(paths: Sequence[Path], annotations: str | None, relative: Sequence[str] | None = None) -> list[int]:
-    """Number the images: by the annotation file, else by their names if these are different numbers, else from 1.
-
-    An image is looked up by its path relative to the given folder, then by the listed names that its path ends in.
-    Raises ValueError for images that are not listed, that match several listed names, or that match the same one.
-    """
-    if annotations:
-        return _listed_ids(paths, read_image_list(annotations)[0], relative or [""] * len(paths), annotations)
-    stems = [path.stem for path in paths]
-    if all(stem.isascii() and stem.isdigit() for stem in stems):
-        numbers = [int(stem) for stem in stems]
-        if len(set(numbers)) == len(numbers):
-            return numbers
-    return list(range(1, len(paths) + 1))
-
-
-def _listed_ids(paths: Sequence[Path], listed: dict[str, int], relative: Sequence[str], file: str) -> list[int]:
-    ids, unknown = {}, []
-    for path, name in zip(paths, relative, strict=True):
-        parts = Path(os.path.abspath(path)).parts
-        endings = ["/".join(parts[k:]) for k in range(1, len(parts))]
-        names = [name] if name in listed else [ending for ending in endings if ending in listed]
-        if len(names) > 1:
-            raise ValueError(f"{path} could be any of {', '.join(names)} in {file}: give the folder of the images")
-        if not names:
-            unknown.append(name or path.name)
-        elif listed[names[0]] in ids.values():
-            other = next(other for other, i in ids.items() if i == listed[names[0]])
-            raise ValueError(f"{path} and {other} are both {names[0]} in {file}: give only one of them")
-        else:
-            ids[path] = listed[names[0]]
-    if unknown:
-        raise ValueError(f"{file} does not list {len(unknown)} of the images: {', '.join(unknown[:5])}")
-    return list(ids.values())
-
-
-class Pictures(Dataset):
-    """Image files; an item is (path, image id, uint8 RGB [3, H, W] or an error message)."""
-
-    def __init__(self, paths: Sequence[Path], ids: Sequence[int], upright: bool, large: bool = False):
-        self.paths, self.ids, self.upright, self.large = paths, ids, upright, large
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def __getitem__(self, i: int) -> tuple[Path, int, Tensor | str]:
-        path = self.paths[i]
-        if self.large:
-            allow_large_images()  # here, because this may be a worker process
-        try:
-            image = as_tensor(read_upright(path) if self.upright else path)
-        except (ValueError, OSError, MemoryError) as error:  # the other images must not be lost
-            image = str(error)
-        return path, self.ids[i], image
-
-
-def predict_each(predictor: Predictor, images: list[Tensor], threshold: float | None) -> list[Detections | str]:
+def predict_each(
+    predictor: Predictor | TiledPredictor, images: list[Tensor], threshold: float | None
+) -> list[Detections | str]:
     """Predict a batch; if that fails, predict image by image, and return an error message for those that fail."""
     try:
         found = predictor.predict_batch(images, threshold)
@@ -210,7 +125,9 @@ def predict_each(predictor: Predictor, images: list[Tensor], threshold: float | 
     return [predict_each(predictor, [image], threshold)[0] for image in images]
 
 
-def predict_files(predictor: Predictor, loader: DataLoader, threshold: float | None) -> Iterator[tuple]:
+def predict_files(
+    predictor: Predictor | TiledPredictor, loader: DataLoader, threshold: float | None
+) -> Iterator[tuple]:
     """Yield (path, image id, Detections or an error message) for every image."""
     for batch in loader:
         results = iter(predict_each(predictor, [i for *_, i in batch if isinstance(i, Tensor)], threshold))
@@ -221,7 +138,7 @@ def predict_files(predictor: Predictor, loader: DataLoader, threshold: float | N
             yield path, image_id, result
 
 
-def build_predictor(args: argparse.Namespace) -> Predictor:
+def build_predictor(args: argparse.Namespace) -> Predictor | TiledPredictor:
     """Build the predictor that the flags describe."""
     names = read_image_list(args.annotations)[1] if args.annotations else None
     if (args.checkpoint or "").endswith(".onnx"):
@@ -236,7 +153,7 @@ def build_predictor(args: argparse.Namespace) -> Predictor:
     if args.compile:
         predictor.compile(args.compile)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.tf32
-    return predictor
+    return TiledPredictor(predictor, args.tile, args.overlap, args.batch_size) if args.tile else predictor
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -244,6 +161,14 @@ def main(argv: list[str] | None = None) -> int:
     args = get_args_parser().parse_args(argv)
     args.threshold = read_threshold(args.threshold)
     check_flags(args)
+    if video := find_video(args.inputs):
+        if args.show == "attention":
+            raise ValueError(f"--show attention is for images, and {video} is a film or camera")
+        predictor = build_predictor(args)
+        predict_one = lambda frame: predict_each(predictor, [frame], args.threshold)[0]  # noqa: E731
+        return predict_video(
+            video, predict_one, predictor.class_names, args.output, args.show, args.every, args.upright
+        )
     images = find_images(args.inputs)
     inside = [path for path in images if Path(args.output).resolve() in path.resolve().parents]
     if inside:
@@ -265,8 +190,8 @@ def main(argv: list[str] | None = None) -> int:
                 continue
             if wrong := outside(args.points, result.image):
                 failed += 1
-                height, width = result.image.shape[1:]
-                text = f"{path}: {len(wrong)} of --points lie outside its {width} x {height} pixels"
+                size = " x ".join(str(side) for side in result.image.shape[:0:-1])
+                text = f"{path}: {len(wrong)} of --points lie outside its {size} pixels"
                 tqdm.write(f"error: {printable(text)}", file=sys.stderr)
             folder.add(images[path], image_id, result, args.show, [p for p in args.points if p not in wrong])
             counts.update(result.name(label) for label in result.labels.tolist())
