@@ -164,11 +164,11 @@ def test_a_killed_process_ends_the_run_within_a_minute(trained, tmp_path, rank):
 
 FAIL = """
 import os, signal, sys
-import engine, main
+import datasets, engine, main
 from tests.helpers import parse
 
 how, second = sys.argv[1], os.environ["RANK"] == "1"
-norm, build, steps = engine.gradient_norm, main.build_dataset, []
+norm, build, steps = engine.gradient_norm, datasets.build_dataset, []
 
 def gradient_norm(model):
     steps.append(1)
@@ -185,7 +185,7 @@ def build_dataset(part, args):
         raise FileNotFoundError("the second machine has no such folder")
     return build(part, args)
 
-engine.gradient_norm, main.build_dataset = gradient_norm, build_dataset
+engine.gradient_norm, datasets.build_dataset = gradient_norm, build_dataset
 main.main(parse(" ".join(sys.argv[2:])))
 """
 
