@@ -12,7 +12,7 @@ demo: $(VENV)/.run
 	$(RUN) tools/show_predictions.py --run $(DEMO)
 	@echo "AP above; curves in $(DEMO)/curves.png, predictions in $(DEMO)/predictions.png"
 
-test: lint  # about 10 minutes on two cores
+test: lint  # about 13 minutes on two cores
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -q -rs --durations=10 -n 2 --dist worksteal
 
 test-fast: $(VENV)/.dev  # unit tests only
