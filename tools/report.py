@@ -43,7 +43,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     """Declare the flags."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     add = parser.add_argument
-    add("--run", type=Path, help="output folder of a training run or of --eval: instead of the file flags")
+    add("--run", type=Path, help="output folder of a training run: instead of the file flags")
     add("--annotations", help="COCO instances file, or panoptic file")
     add("--images", help="folder of the images, for pictures of the worst ones; may be left out")
     add("--maps", help="folder of the annotated maps of a panoptic file")
