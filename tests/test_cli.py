@@ -27,6 +27,7 @@ def test_help_and_misspelt_flags_are_answered_without_pytorch(tmp_path):
     assert "imported" in command(ROOT / "main.py", env=environment).stderr
 
 
+@pytest.mark.slow
 def test_main_ends_with_one_sentence_for_an_error_that_a_user_can_correct(tmp_path):
     for flags in (["--coco_path", "gone", "--backbone_weights", "none"], ["--lr", "nan"]):
         done = command(ROOT / "main.py", *flags, cwd=tmp_path)
@@ -67,6 +68,7 @@ def test_project_file_names_what_exists():
         assert callable(getattr(__import__(module, fromlist=[function]), function))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name, message",
     [
