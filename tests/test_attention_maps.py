@@ -157,6 +157,7 @@ def test_hooks_as_in_the_originals_notebook_find_the_mean_over_heads(flags):
         torch.testing.assert_close(found[name], maps[name][-1].mean(1).flatten(2))
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_record_attention_of_a_compiled_model_runs_it_uncompiled():
     model = build()

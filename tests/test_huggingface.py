@@ -48,6 +48,7 @@ def test_projections_without_one_of_them_stay_and_are_named(folder):
         hubconf.detr(folder)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flags", ["", MASKS])
 @pytest.mark.parametrize("layout", BACKBONES)
 def test_hub_entry_for_a_folder_builds_its_network(tmp_path, flags, layout, caplog):
@@ -98,6 +99,7 @@ def test_frozen_weights_take_a_folder(tmp_path, caplog):
     assert torch.equal(model.detr.class_embed.weight, load_checkpoint(folder)["model"]["class_embed.weight"])
 
 
+@pytest.mark.slow
 def test_hub_weights_take_a_folder_and_a_published_file_gets_cocos_names(tmp_path):
     torch.save(hubconf.detr_resnet50().state_dict(), tmp_path / "published.pth")
     state = convert.load_described(str(tmp_path / "published.pth"), "detr_resnet50")

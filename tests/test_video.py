@@ -21,6 +21,8 @@ from tools.video import film_writer, find_video, predict_video
 from util.checkpoint import save_checkpoint
 from util.cli import exit_status
 
+pytestmark = pytest.mark.slow
+
 NAMES = {1: "cat"}
 CODECS = {".avi": "mpeg4", ".webm": "libvpx"}
 
