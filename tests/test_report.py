@@ -10,6 +10,8 @@ import torch
 from PIL import Image
 from torchvision.ops import box_iou
 
+from datasets.coco_api import load_coco_api
+from datasets.coco_eval import CocoEvaluator
 from tests.helpers import write_coco, write_panoptic
 from tools import report
 from util.cli import exit_status
@@ -87,6 +89,30 @@ def test_report_without_images_has_no_pictures(files):
     flags = ["--annotations", files / "annotations/instances_val2017.json", "--predictions", files / "found.json"]
     assert exit_status(lambda: report.main([str(f) for f in [*flags, "--output", files / "plain"]])) == 0
     assert "data:image/jpeg" not in (files / "plain/report.html").read_text()
+
+
+def test_report_of_masks_has_the_ap_of_the_evaluation_that_wrote_them(files):
+    file = files / "annotations/instances_val2017.json"
+    content = json.loads(file.read_text())
+    results = {}
+    for record in content["annotations"]:
+        x, y, w, h = record["bbox"]
+        record["segmentation"] = [[x, y, x + w, y, x + w, y + h, x, y + h]]
+        mask = torch.zeros(1, 1, 48, 64)
+        mask[0, 0, y : y + h, x + record["id"] : x + w] = 1  # cut off by its id
+        found = {"scores": torch.tensor([0.5 + record["id"] / 20]), "labels": torch.tensor([record["category_id"]])}
+        results[record["image_id"]] = {**found, "boxes": torch.tensor([[x, y, x + w, y + h]]), "masks": mask}
+    file.write_text(json.dumps(content))
+    evaluator = CocoEvaluator(load_coco_api(file), ["segm"])
+    evaluator.update(results)
+    evaluator.accumulate()
+    expected = evaluator.summarize()["coco_eval_masks"]
+    evaluator.save_predictions(files)
+    assert "bbox" not in json.loads((files / "predictions_segm.json").read_text())[0]
+    assert run(files, predictions="predictions_segm.json") == 0
+    numbers = json.loads((files / "report/report.json").read_text())
+    assert numbers["kind"] == "segm" and list(numbers["metrics"].values()) == pytest.approx(expected)
+    assert "Detections: masks" in (files / "report/report.html").read_text()
 
 
 def test_panoptic_report_has_pq_of_each_class(tmp_path):

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
+from pycocotools import mask as mask_api
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from datasets import build_dataset
@@ -73,6 +74,8 @@ def read_predictions(path: str | Path, index: CocoIndex) -> dict[int, list[dict]
         raise ValueError(f"{path}: not a COCO result file: expected a list of detections")
     by_image = defaultdict(list)
     for i, record in enumerate(records):
+        if isinstance(record, dict) and "bbox" not in record and "segmentation" in record:
+            record["bbox"] = _box_of_mask(record["segmentation"])  # results of masks have no boxes
         if not _is_detection(record):
             raise ValueError(
                 f"{path}: entry {i} is not a detection with image_id, category_id, bbox (four numbers) and score"
@@ -88,6 +91,14 @@ def read_predictions(path: str | Path, index: CocoIndex) -> dict[int, list[dict]
     if unknown:
         logger.warning(f"{path}: detections of categories that {index.path} lacks: ids {unknown[:5]}")
     return by_image
+
+
+def _box_of_mask(code) -> list[float] | None:
+    """Return the box (x, y, width, height) of a mask in run-length code, or None for anything else."""
+    try:
+        return mask_api.toBbox(code).tolist()
+    except (TypeError, ValueError, KeyError, AttributeError):
+        return None
 
 
 def _is_detection(record) -> bool:
