@@ -10,9 +10,10 @@ import torch
 from PIL import Image
 from torchvision.ops import box_iou
 
+import main
 from datasets.coco_api import load_coco_api
 from datasets.coco_eval import CocoEvaluator
-from tests.helpers import write_coco, write_panoptic
+from tests.helpers import parse, write_coco, write_panoptic
 from tools import report
 from util.cli import exit_status
 
@@ -130,6 +131,20 @@ def test_panoptic_report_has_pq_of_each_class(tmp_path):
     assert numbers["metrics"]["All"]["pq"] == 1.0
     assert "<h2>Classes</h2>" in (tmp_path / "report/report.html").read_text()
     assert exit_status(lambda: report.main([str(f) for f in [*flags[:2], *flags[4:], "--output", tmp_path / "r"]])) == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("masks", [False, True])
+def test_report_of_a_run_finds_its_data_and_predictions(masks, tmp_path):
+    shapes = f"--shapes_train 4 --shapes_val 2 --shapes_size 64 --coco_path {tmp_path / 'data'} --augment flip"
+    kind = "shapes_panoptic --masks --hidden_dim 128 --nheads 8" if masks else "shapes"
+    main.main(parse(f"--dataset_file {kind} {shapes} --epochs 1 --output_dir {tmp_path / 'run'}"))
+    assert exit_status(lambda: report.main(["--run", str(tmp_path / "run")])) == 0
+    numbers = json.loads((tmp_path / "run/report/report.json").read_text())
+    assert numbers["kind"] == ("panoptic" if masks else "bbox")
+    assert (
+        masks or len(numbers["images"]) == 2 and "data:image/jpeg" in (tmp_path / "run/report/report.html").read_text()
+    )
 
 
 def test_bad_files_are_refused_in_a_sentence(files, capsys):

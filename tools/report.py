@@ -175,6 +175,8 @@ def main(argv: list[str] | None = None) -> None:
     args = get_args_parser().parse_args(argv)
     check_numbers({"max_dets": args.max_dets, "worst": args.worst}, {"max_dets": 11, "worst": 0})
     files: dict = {**files_of_run(args.run), "output": args.run / "report"} if args.run else {}
+    if files.get("maps"):
+        files["predictions"] = args.run / "panoptic_eval" / "predictions.json"
     for name in ("annotations", "predictions", "output", "images", "maps"):
         files[name] = getattr(args, name) or files.get(name)
         if files[name] is None and name not in ("images", "maps"):

@@ -46,8 +46,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def files_of_run(run: Path) -> dict[str, Path]:
-    """Find a run's validation data, by the flags in its checkpoint, and its predictions."""
+def files_of_run(run: Path) -> dict[str, Path | None]:
+    """Find a run's validation data, by the flags in its checkpoint, and its predictions; `maps` only of panoptic data."""
     state = load_checkpoint(run / "checkpoint.pth")
     if not state.get("args"):
         raise ValueError(f"{run}/checkpoint.pth does not say where its data are: give the four file flags")
@@ -61,6 +61,7 @@ def files_of_run(run: Path) -> dict[str, Path]:
         "images": val_set.img_folder,
         "predictions": run / "predictions_bbox.json",
         "output": run / "predictions.png",
+        "maps": getattr(val_set, "ann_folder", None),
     }
 
 
