@@ -66,9 +66,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--coco_panoptic_path", help="COCO's panoptic maps, for PQ")
     add("--weights", type=Path, help="folder with the published files, under their own names")
     add("--count", type=int, default=100, help="images to measure on: the first ones of val (default 100)")
-    add(
-        "--noise_size", default="640x480", help="width x height of images of noise (default: COCO's most frequent size)"
-    )
+    add("--noise_size", default="640x480", help="width x height of images of noise (default 640x480)")
     add("--min_size", type=int, default=800, help="shortest side of the model's input (default 800)")
     add("--max_size", type=int, default=1333, help="longest side at most (default 1333)")
     add("--num_workers", type=int, default=2, help="processes that read images for AP and PQ (default 2)")

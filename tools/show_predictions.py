@@ -47,7 +47,7 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 
 def files_of_run(run: Path) -> dict[str, Path | None]:
-    """Find a run's validation data, by the flags in its checkpoint, and its predictions; `maps` only of panoptic data."""
+    """Find a run's validation data, by the flags in its checkpoint, and its predictions (`maps`: of panoptic data)."""
     state = load_checkpoint(run / "checkpoint.pth")
     if not state.get("args"):
         raise ValueError(f"{run}/checkpoint.pth does not say where its data are: give the four file flags")
