@@ -23,7 +23,6 @@ def train_one_epoch(
     model: nn.Module, criterion: nn.Module, data_loader: Iterable, optimizer: torch.optim.Optimizer,
     device: torch.device, epoch: int, max_norm: float = 0, *, amp: str | None = None,
     scaler: torch.amp.GradScaler | None = None, accum_steps: int = 1, print_freq: int = 10, state=None,
-    with_targets: bool = False,
 ) -> dict[str, float]:  # fmt: skip
     """Train on every batch once; return the epoch's averages.
 
@@ -31,7 +30,7 @@ def train_one_epoch(
     The optimizer steps every `accum_steps` batches, on the mean of their gradients. `state` (a `util.run.Run`) saves
     checkpoints and handles signals: its `after_step` is called after each step. Raises FloatingPointError, before the
     weights change, when the loss or a gradient is not finite; in fp16 the scaler skips such steps, as long as a lower
-    scale may help. `with_targets`: the model takes the targets too (models/denoising.py).
+    scale may help. If `state.with_targets`, the model takes the targets too (models/training.py).
     """
     model.train()
     criterion.train()
@@ -39,6 +38,7 @@ def train_one_epoch(
     metrics = MetricLogger(delimiter="  ")
     metrics.add_meter("lr", SmoothedValue(window_size=1, fmt="{value:.6f}"))
     metrics.add_sums(state.sums if state else {})
+    with_targets = state is not None and state.with_targets
     done, batches = state.batches_done if state else 0, len(data_loader)
     optimizer.zero_grad()
     rows = metrics.log_every(data_loader, print_freq, f"Epoch: [{epoch}]", done, getattr(state, "epochs_left", 0))

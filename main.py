@@ -17,6 +17,7 @@ AT_LEAST = dict.fromkeys((  # the least value of each number; check_flags keeps 
     "lr", "lr_backbone", "weight_decay", "clip_max_norm", "enc_layers", "dropout", "ema_decay", "denoising_groups",
     "warmup_steps", "start_epoch", "patience", "save_every_steps", "num_workers", "seed", "shapes_seed", "eos_coef",
     "set_cost_class", "set_cost_bbox", "set_cost_giou", "denoising_box_noise", "denoising_label_noise",
+    "encoder_loss_coef",
     "mask_loss_coef", "dice_loss_coef", "bbox_loss_coef", "giou_loss_coef",
 ), 0) | dict.fromkeys((
     "batch_size", "epochs", "lr_drop", "accum_steps", "dec_layers", "dim_feedforward", "hidden_dim", "nheads",
@@ -90,6 +91,10 @@ def get_args_parser() -> argparse.ArgumentParser:
         help="largest shift of a noised box's corners, as a share of half its sides")
     add("--denoising_label_noise", default=new["denoising_label_noise"], type=float,
         help="share of noised objects with a random class")
+    add("--encoder_loss_coef", default=new["encoder_loss_coef"], type=float,
+        help="weight of a loss on the encoder's output, where each cell predicts the object that it lies in; 0: none")
+    add("--query_init", default=new["query_init"], choices=("random", "local"),
+        help="local: object queries begin as the points of a grid, and attend to the image near them")
     add("--ema_decay", default=0.0, type=float,
         help="evaluate and save a moving average of the weights with this decay, for example 0.999; 0: none")
     add("--lr_schedule", default="step",
@@ -183,8 +188,8 @@ from datasets.coco_eval import write_evaluation
 from datasets.loaders import build_train_loader, build_val_loader
 from engine import allow_tf32, compile_network, evaluate, train_one_epoch
 from models import build_model
-from models.denoising import build_denoising
 from models.position_encoding import LEARNED_CELLS, OLD_NAMES, POSITION_EMBEDDINGS
+from models.training import build_training
 from models.weights import build_parts
 from util.build_run import build_run
 from util.checkpoint import load_resumed, position
@@ -212,7 +217,8 @@ def check_flags(args) -> None:
         (args.lr_schedule not in SHAPES, f"--lr_schedule {args.lr_schedule}: choose one of {', '.join(SHAPES)}"),
         (args.dropout >= 1, f"--dropout {args.dropout}: give less than 1"),
         (args.ema_decay >= 1, f"--ema_decay {args.ema_decay}: give less than 1"),
-        (args.denoising_groups and args.masks, "--denoising_groups train boxes: leave out --masks"),
+        (args.masks and (args.denoising_groups or args.encoder_loss_coef),
+            "--denoising_groups and --encoder_loss_coef train boxes: leave out --masks"),
         (args.max_size < args.min_size, f"--max_size {args.max_size} is below --min_size {args.min_size}"),
         (args.position_embedding == "learned" and args.max_size > stride * LEARNED_CELLS,
             f"--max_size {args.max_size}: learned positions cover {LEARNED_CELLS} cells of {stride} pixels; give "
@@ -280,8 +286,9 @@ def run_process(args, processes: ProcessInfo, interruption: Interruption) -> Non
     if args.class_balance == "weights":
         criterion.empty_weight[:-1] = torch.tensor(class_weights(train_set))
     train_loader = build_train_loader(train_set, args, device)
-    network, train_criterion, training_only = build_denoising(args, model, criterion)
+    network, train_criterion, training_only = build_training(args, model, criterion)
     run = build_run(args, model, train_loader, train_set.class_names, training_only, interruption)
+    run.with_targets = network is not model
     run.restore(checkpoint, name)
     network = distribute(network, processes, device)
     logger.info(f"{run.trainable_parameters()} trainable parameters; {args.epochs} epochs, {run.epoch} of them done")
@@ -292,7 +299,6 @@ def run_process(args, processes: ProcessInfo, interruption: Interruption) -> Non
             train_stats = train_one_epoch(
                 network, train_criterion, train_loader, run.optimizer, device, epoch, args.clip_max_norm,
                 amp=args.amp, scaler=run.scaler, accum_steps=args.accum_steps, print_freq=args.print_freq, state=run,
-                with_targets=training_only is not None,
             )  # fmt: skip
         test_stats = {}
         if (epoch + 1) % args.eval_every == 0 or epoch + 1 == args.epochs:

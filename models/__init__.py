@@ -7,6 +7,7 @@ from torch import nn
 from models.backbone import build_backbone
 from models.criterion import SetCriterion, loss_weights
 from models.detr import DETR, PostProcess, build
+from models.local_queries import init_local_queries
 from models.matcher import build_matcher
 from models.segmentation import DETRsegm, PostProcessPanoptic, PostProcessSegm
 from models.transformer import build_transformer
@@ -31,6 +32,8 @@ def build_model(args) -> tuple[nn.Module, SetCriterion, dict[str, nn.Module]]:
     coco_panoptic = flags.dataset_file == "coco_panoptic"
     num_classes = flags.num_classes or (COCO_PANOPTIC_CLASSES if coco_panoptic else COCO_CLASSES)
     model = DETR(build_backbone(args), build_transformer(flags), num_classes, flags.num_queries, flags.aux_loss)
+    if flags.query_init == "local":
+        init_local_queries(model)
     if flags.masks:
         model = DETRsegm(model, freeze_detr=bool(flags.frozen_weights), matched_masks_only=True)
 

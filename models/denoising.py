@@ -21,13 +21,9 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from models.criterion import SetCriterion
-from models.detr import DETR
 from models.matcher import Indices
-from util.flags import NEW_FLAGS, with_defaults
-from util.nested_tensor import NestedTensor
 
 PREFIX = "dn_"  # of the names of the denoising losses
-DENOISED = ("loss_ce", "loss_bbox", "loss_giou")
 
 
 class DenoisingQueries(nn.Module):
@@ -82,76 +78,32 @@ class DenoisingQueries(nn.Module):
         return owner[:, None] != owner[None, :]
 
 
-class DenoisingDETR(nn.Module):
-    """A DETR in training, with denoising queries beside its object queries.
+def denoising_losses(criterion: SetCriterion, outputs: dict, targets: list[dict], groups: int) -> dict[str, Tensor]:
+    """Compute the losses of classes and boxes of every decoder layer, without matching.
 
-    `detr` is the network itself: it is trained here, and then used, saved and evaluated alone.
+    Query t of each group is matched to object t; the target of the negatives is "no object". The `outputs` [B, D, ...]
+    have `aux_outputs`, as DETR's.
     """
-
-    def __init__(self, detr: DETR, queries: DenoisingQueries):
-        super().__init__()
-        self.detr, self.queries = detr, queries
-
-    def forward(self, samples: NestedTensor, targets: list[dict[str, Tensor]]) -> dict:
-        """Detect objects as DETR does, and reconstruct noised ones.
-
-        Returns DETR's outputs and `denoising`: the outputs of the denoising queries [B, D, ...] in the same form, with
-        `aux_outputs`, for DenoisingCriterion.
-        """
-        detr = self.detr
-        features, positions = detr.backbone(samples)
-        src, mask = features[-1].decompose()
-        cells, pos = detr.input_proj(src).flatten(2).transpose(1, 2), positions[-1].flatten(2).transpose(1, 2)
-        padding = mask.flatten(1)
-        memory = detr.transformer.encoder(cells, src_key_padding_mask=padding, pos=pos)
-
-        objects = detr.query_embed.weight.unsqueeze(0).expand(len(targets), -1, -1)
-        noised = self.queries(targets).to(objects.dtype)
-        tgt_mask = self.queries.attention_mask(objects.shape[1], noised.shape[1], noised.device)
-        hs = detr.transformer.decode(memory, padding, pos, torch.cat([objects, noised], dim=1), tgt_mask)
-        outputs: dict = detr.predict(hs[:, :, : objects.shape[1]])
-        outputs["denoising"] = detr.predict(hs[:, :, objects.shape[1] :])
-        return outputs
+    indices = denoising_indices(targets, outputs["pred_logits"], groups)
+    num_boxes = criterion.count_objects(targets, outputs["pred_logits"].device) * groups
+    losses: dict[str, Tensor] = {}
+    for i, layer in enumerate([outputs, *outputs.get("aux_outputs", ())]):
+        suffix = f"_{i - 1}" if i else ""
+        values = criterion.loss_labels(layer, targets, indices, num_boxes, log=False)
+        values |= criterion.loss_boxes(layer, targets, indices, num_boxes)
+        losses |= {f"{name}{suffix}": value for name, value in values.items()}
+    return losses
 
 
-class DenoisingCriterion(nn.Module):
-    """DETR's loss, and the same losses of the denoising queries under names that begin with `dn_`.
-
-    `criterion` is the loss of the object queries. The denoising queries need no matching: query t of each group is
-    matched to object t, and the target of the negatives is "no object".
-    """
-
-    def __init__(self, criterion: SetCriterion, groups: int):
-        super().__init__()
-        self.criterion, self.groups = criterion, groups
-        trained = {name: weight for name, weight in criterion.weight_dict.items() if name.startswith(DENOISED)}
-        self.weight_dict = criterion.weight_dict | {PREFIX + name: weight for name, weight in trained.items()}
-
-    def forward(self, outputs: dict, targets: list[dict]) -> dict[str, Tensor]:
-        """Compute all losses; outputs without `denoising`, as in evaluation, give DETR's only."""
-        losses = self.criterion(outputs, targets)
-        if "denoising" not in outputs:
-            return losses
-        last = outputs["denoising"]
-        indices = self.indices(targets, last["pred_logits"])
-        num_boxes = self.criterion.count_objects(targets, last["pred_logits"].device) * self.groups
-        for i, layer in enumerate([last, *last.get("aux_outputs", ())]):
-            suffix = f"_{i - 1}" if i else ""
-            with torch.autocast(last["pred_logits"].device.type, enabled=False):
-                values = self.criterion.loss_labels(layer, targets, indices, num_boxes, log=False)
-                values |= self.criterion.loss_boxes(layer, targets, indices, num_boxes)
-            losses |= {f"{PREFIX}{name}{suffix}": value for name, value in values.items()}
-        return losses
-
-    def indices(self, targets: list[dict], logits: Tensor) -> Indices:
-        """Return, for each image, the denoising queries that reconstruct an object, and the object of each."""
-        most = logits.shape[1] // (2 * self.groups)
-        first = torch.arange(self.groups, device=logits.device) * 2 * most
-        pairs = []
-        for target in targets:
-            objects = torch.arange(len(target["labels"]), device=logits.device)
-            pairs.append(((first[:, None] + objects).flatten(), objects.repeat(self.groups)))
-        return pairs
+def denoising_indices(targets: list[dict], logits: Tensor, groups: int) -> Indices:
+    """Return, for each image, the denoising queries that reconstruct an object, and the object of each."""
+    most = logits.shape[1] // (2 * groups)
+    first = torch.arange(groups, device=logits.device) * 2 * most
+    pairs = []
+    for target in targets:
+        objects = torch.arange(len(target["labels"]), device=logits.device)
+        pairs.append(((first[:, None] + objects).flatten(), objects.repeat(groups)))
+    return pairs
 
 
 def sine_code(boxes: Tensor, frequencies: int) -> Tensor:
@@ -175,24 +127,3 @@ def _padded_objects(targets: list[dict[str, Tensor]], most: int, num_classes: in
     size = torch.rand_like(boxes[..., 2:]) * 0.5 + 0.05
     centre = size / 2 + torch.rand_like(size) * (1 - size)
     return labels, torch.where(missing[..., None], torch.cat([centre, size], dim=-1), boxes)
-
-
-def build_denoising(
-    args, model: nn.Module, criterion: SetCriterion
-) -> tuple[nn.Module, nn.Module, DenoisingQueries | None]:
-    """Add denoising queries to the model and the criterion if the flags ask for them.
-
-    Returns the network to train, its criterion, and the module of the training-only parameters; without denoising
-    queries, the model and the criterion themselves, and None.
-    """
-    flags = with_defaults(args, NEW_FLAGS)
-    if not flags.denoising_groups:
-        return model, criterion, None
-    queries = DenoisingQueries(
-        model.transformer.d_model,
-        criterion.num_classes,
-        flags.denoising_groups,
-        flags.denoising_box_noise,
-        flags.denoising_label_noise,
-    ).to(criterion.empty_weight.device)
-    return DenoisingDETR(model, queries), DenoisingCriterion(criterion, flags.denoising_groups), queries

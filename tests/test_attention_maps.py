@@ -6,7 +6,7 @@ from torch import nn
 
 from models import build_model
 from models.attention_maps import record_attention
-from models.denoising import build_denoising
+from models.training import build_training
 from tests.helpers import parse
 from util.nested_tensor import nested_tensor_from_tensor_list
 
@@ -127,7 +127,7 @@ def test_record_attention_of_a_mask_model_is_that_of_its_detector(training):
 
 def test_record_attention_with_denoising_queries_has_them_after_the_objects():
     model, criterion, _ = build_model(args := parse("--denoising_groups 2 --num_classes 4"))
-    network, _, _ = build_denoising(args, model.train(), criterion)
+    network, _, _ = build_training(args, model.train(), criterion)
     targets = [{"labels": torch.tensor([1]), "boxes": torch.rand(1, 4)}, {"labels": torch.tensor([]).long(),
                "boxes": torch.zeros(0, 4)}]  # fmt: skip
     with record_attention(network) as maps:

@@ -10,7 +10,8 @@ from util.checkpoint import load_model
 from util.optim import build_lr_scheduler, build_optimizer
 from util.run import Run
 
-FAST = "--denoising_groups 2 --ema_decay 0.9 --lr_schedule linear --warmup_steps 3"
+FAST = "--denoising_groups 2 --encoder_loss_coef 1 --query_init local --ema_decay 0.9 "
+FAST += "--lr_schedule linear --warmup_steps 3"
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from models import build_model
-from models.denoising import DenoisingCriterion, DenoisingDETR, DenoisingQueries
+from models.denoising import DenoisingQueries
+from models.training import TrainingCriterion, TrainingDETR
 from tests.helpers import parse
 from util.nested_tensor import nested_tensor_from_tensor_list
 
@@ -24,7 +25,7 @@ def build(groups=3, **noise):
     torch.manual_seed(0)
     model, criterion, _ = build_model(parse("--num_classes 5 --dropout 0"))
     queries = DenoisingQueries(model.transformer.d_model, 5, groups, **noise)
-    return DenoisingDETR(model, queries), DenoisingCriterion(criterion, groups)
+    return TrainingDETR(model, queries), TrainingCriterion(criterion, groups)
 
 
 def test_denoising_object_queries_answer_as_without_it():

@@ -287,12 +287,12 @@ def test_two_machines_recover_from_the_loss_of_a_process(trained, tmp_path):
     assert_same_weights(root / "two", tmp_path / "run")
 
 
-def test_denoising_with_a_process_that_has_no_objects_does_not_hang(tmp_path):
+def test_extra_losses_with_a_process_that_has_no_objects_do_not_hang(tmp_path):
     from tests.helpers import write_coco
 
     write_coco(tmp_path / "coco", "train", [11, 12], [(11, 1, [4, 4, 20, 30], {})])
     write_coco(tmp_path / "coco", "val", [11], [(11, 1, [4, 4, 20, 30], {})])
     flags = f"--coco_path {tmp_path}/coco --epochs 2 --batch_size 1 --output_dir {tmp_path}/out"
-    run_together(f"{flags} --denoising_groups 2 --ema_decay 0.9 --lr_schedule linear")
+    run_together(f"{flags} --denoising_groups 2 --encoder_loss_coef 1 --ema_decay 0.9 --lr_schedule linear")
     rows = [json.loads(line) for line in (tmp_path / "out" / "log.txt").read_text().splitlines()]
-    assert len(rows) == 2 and rows[1]["train_dn_loss_ce"] > 0
+    assert len(rows) == 2 and rows[1]["train_dn_loss_ce"] > 0 and rows[1]["train_enc_loss_ce"] > 0

@@ -14,6 +14,8 @@ NEW_FLAGS = {
     "denoising_groups": 0,
     "denoising_box_noise": 0.4,
     "denoising_label_noise": 0.2,
+    "encoder_loss_coef": 0.0,
+    "query_init": "random",
     "num_classes": None,
     "thing_classes": None,
     "min_size": 800,

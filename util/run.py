@@ -52,6 +52,7 @@ class Run:
     images_per_step: int = 1  # of all processes together
     ema: AveragedModel | None = None  # a moving average of the weights, which is evaluated in their place
     training_only: nn.Module | None = None  # parameters beside the model
+    with_targets: bool = False  # the network in training takes the targets too
     tensorboard: TensorBoard | None = None
     epoch: int = 0  # the current one, from 0
     seen: int = 0  # images of it that all processes together have trained on

@@ -1,0 +1,33 @@
+"""--query_init local: where the object queries look at the start, and what they pass on."""
+
+import pytest
+import torch
+
+from models import build_model
+from tests.helpers import parse
+from util.nested_tensor import NestedTensor
+
+
+@pytest.mark.parametrize("flags", ["--num_queries 6 --hidden_dim 128", "--num_queries 7 --hidden_dim 256 --pre_norm"])
+def test_local_queries_attend_near_their_grid_points_in_every_decoder_layer(flags):
+    torch.manual_seed(0)
+    model = build_model(parse(f"{flags} --num_classes 4 --dec_layers 2 --query_init local"))[0]
+    padding = torch.zeros(1, 32, 48, dtype=torch.bool)
+    pos = model.backbone[1](NestedTensor(torch.zeros(1, 1, 32, 48), padding)).flatten(2).transpose(1, 2)
+    queries = model.query_embed.weight[None]
+    y, x = torch.meshgrid((torch.arange(32) + 0.5) / 32, (torch.arange(48) + 0.5) / 48, indexing="ij")
+    grid = torch.cartesian_prod(torch.tensor([0.25, 0.75]), torch.tensor([1 / 6, 0.5, 5 / 6]))
+    for layer in model.transformer.decoder.layers:
+        weights = layer.multihead_attn(queries, pos, pos, need_weights=True)[1][0, :6].view(6, 32, 48)
+        centres = torch.stack([(weights * y).sum((1, 2)), (weights * x).sum((1, 2))], dim=1)
+        assert (centres - grid).abs().max() < 0.07  # 0.33 for equal attention to all cells
+        spread = (weights * ((y - grid[:, :1, None]) ** 2 + (x - grid[:, 1:, None]) ** 2)).sum((1, 2)).sqrt()
+        assert spread.max() < 0.25  # 0.5 for equal attention
+
+
+def test_local_queries_pass_on_what_they_attend_to():
+    model = build_model(parse("--num_queries 6 --query_init local"))[0].eval()
+    attention = model.transformer.decoder.layers[0].multihead_attn
+    memory = torch.randn(1, 1, attention.embed_dim)
+    values, _ = attention(torch.randn(1, 6, attention.embed_dim), memory, memory)
+    torch.testing.assert_close(values, memory.expand(1, 6, -1))
