@@ -17,8 +17,7 @@ AT_LEAST = dict.fromkeys((  # the least value of each number; check_flags keeps 
     "lr", "lr_backbone", "weight_decay", "clip_max_norm", "enc_layers", "dropout", "ema_decay", "denoising_groups",
     "warmup_steps", "start_epoch", "patience", "save_every_steps", "num_workers", "seed", "shapes_seed", "eos_coef",
     "set_cost_class", "set_cost_bbox", "set_cost_giou", "denoising_box_noise", "denoising_label_noise",
-    "encoder_loss_coef",
-    "mask_loss_coef", "dice_loss_coef", "bbox_loss_coef", "giou_loss_coef",
+    "encoder_loss_coef", "mask_loss_coef", "dice_loss_coef", "bbox_loss_coef", "giou_loss_coef",
 ), 0) | dict.fromkeys((
     "batch_size", "epochs", "lr_drop", "accum_steps", "dec_layers", "dim_feedforward", "hidden_dim", "nheads",
     "num_queries", "num_classes", "min_size", "max_size", "shapes_train", "shapes_val", "shapes_size",
@@ -214,6 +213,8 @@ def check_flags(args) -> None:
         (args.hidden_dim % 4, f"--hidden_dim {args.hidden_dim}: positions need a multiple of 4"),
         (args.position_embedding not in (*POSITION_EMBEDDINGS, *OLD_NAMES),
             f"--position_embedding {args.position_embedding}: choose one of {', '.join(POSITION_EMBEDDINGS)}"),
+        (args.query_init == "local" and args.position_embedding not in ("sine", "v2"),
+            f"--query_init local with --position_embedding {args.position_embedding}: it needs sine"),
         (args.lr_schedule not in SHAPES, f"--lr_schedule {args.lr_schedule}: choose one of {', '.join(SHAPES)}"),
         (args.dropout >= 1, f"--dropout {args.dropout}: give less than 1"),
         (args.ema_decay >= 1, f"--ema_decay {args.ema_decay}: give less than 1"),

@@ -52,8 +52,8 @@ def build_datasets(args, checkpoint: dict | None) -> tuple[Dataset | None, Datas
         num_classes = num_classes or train_set.num_classes
     val_set = build_dataset("val", with_values(args, num_classes=num_classes))
     if train_set:
-        if not (checkpoint or args.finetune or args.frozen_weights or args.recipe):
-            warn_of_few_images(len(train_set))
+        if not (checkpoint or args.finetune or args.frozen_weights):
+            warn_of_few_images(len(train_set), args.recipe)
         compare_categories(train_set.class_names, "the training data", val_set.class_names, "the validation data")
     return train_set, val_set, num_classes or val_set.num_classes
 

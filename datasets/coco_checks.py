@@ -18,6 +18,7 @@ SAMPLE = 16  # images whose size is compared with the listed one before training
 SLACK = 1  # pixels that a box may extend beyond its image: coordinates are rounded, by annotation tools and in float32
 
 FEW = 1000  # training images
+FEW_FOR_RECIPE = {"small": 100}  # where it is another number
 
 
 def check_sizes(index: CocoIndex) -> None:
@@ -140,12 +141,14 @@ def some(examples: Sequence) -> str:
     return ", ".join(map(printable, examples[:SHOWN])) + (", ..." if len(examples) > SHOWN else "")
 
 
-def warn_of_few_images(count: int) -> None:
-    """Log a warning if so many images are few for a training without a detector's weights."""
-    if count < FEW:
+def warn_of_few_images(count: int, recipe: str | None = None) -> None:
+    """Log a warning if so many images are few for a training with this recipe, without a detector's weights."""
+    few = FEW_FOR_RECIPE.get(recipe or "", FEW)
+    if count < few:
+        remedy = "" if recipe == "small" else ", or use --recipe small (docs/own-data.md)"
         logger.warning(
-            f"{count} training images: from a backbone alone, DETR needs thousands, or hundreds of epochs. Start from "
-            "COCO weights with --finetune FILE_OR_URL, or see docs/own-data.md"
+            f"{count} training images: from a backbone alone, this recipe needs {few} or more. Start from COCO weights "
+            f"with --finetune FILE_OR_URL{remedy}"
         )
 
 

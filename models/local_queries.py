@@ -26,15 +26,15 @@ def init_local_queries(detr: DETR) -> None:
 
     The grid is as square as it can be; queries left over keep their random values.
     """
+    parts: Any = detr  # nn.Module does not tell the types of its parts
     queries = detr.query_embed.weight
     rows = math.isqrt(len(queries))
     columns = len(queries) // rows
     # Every second cell of a map of twice the grid's size has its position in the middle of a grid cell.
     cells = torch.zeros(1, 1, 2 * rows, 2 * columns, device=queries.device)
-    position_embedding: Any = detr.backbone.get_submodule("1")
-    positions = position_embedding(NestedTensor(cells, torch.zeros_like(cells[0], dtype=torch.bool)))
+    positions = parts.backbone[1](NestedTensor(cells, torch.zeros_like(cells[0], dtype=torch.bool)))
     queries[: rows * columns] = positions[0, :, ::2, ::2].flatten(1).T
-    for layer in detr.transformer.decoder.layers:
+    for layer in parts.transformer.decoder.layers:
         _attend_by_position(layer.multihead_attn)
         _copy_values(layer.multihead_attn)
 

@@ -153,6 +153,11 @@ def test_detections_of_other_categories_only_are_logged(caplog):
 def test_few_training_images_are_warned_of(caplog):
     warn_of_few_images(1000)
     assert not caplog.text
+    warn_of_few_images(100, "small")
+    assert not caplog.messages
+    warn_of_few_images(99, "small")
+    assert "99 training images" in caplog.messages.pop() and "--recipe small" not in caplog.text
+    caplog.clear()
     warn_of_few_images(999)
     assert "999 training images" in caplog.text and "--finetune" in caplog.text
 

@@ -15,7 +15,7 @@ def advice(tmp_path, per_image=1, box=(4, 4, 30, 30), sizes=(480, 640), num_quer
 
 def test_advice_for_few_images_of_few_objects(tmp_path):
     text = advice(tmp_path, 3)
-    assert "2 images are few: start from COCO weights" in text
+    assert "2 images are few: start from COCO weights" in text and "--recipe small" in text
     assert "at most 3 objects in an image: --num_queries 100 is enough" in text and "--num_queries 10 is enough" in text
     assert "enlarges them 1.7 times" in text and "--min_size 480 --max_size 640 has 2.8 times fewer pixels" in text
     assert "GPU" not in text and "half a cell" not in text

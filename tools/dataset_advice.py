@@ -36,8 +36,9 @@ def advise(index: CocoIndex, num_queries: int, memory: float | None = None) -> l
 def _about_images(count: int) -> str:
     if count >= ENOUGH:
         return f"{count} images: enough to train from ImageNet's backbone"
-    few = " are few" if count < FEW else ""
-    return f"{count} images{few}: start from COCO weights (--finetune FILE_OR_URL)"
+    if count >= FEW:
+        return f"{count} images: start from COCO weights (--finetune FILE_OR_URL)"
+    return f"{count} images are few: start from COCO weights (--finetune FILE_OR_URL); without them, use --recipe small"
 
 
 def _about_sizes(index: CocoIndex, height: int, width: int, memory: float | None) -> list[str]:

@@ -39,7 +39,39 @@ DEMO = {
     "epochs": 6,
 }
 
-RECIPES: dict[str, dict[str, Any]] = {"demo": DEMO}
+# What shortens training without a change of the network (docs/convergence.md).
+FAST = {
+    "encoder_loss_coef": 1.0,
+    "query_init": "local",
+    "ema_decay": 0.999,
+    "lr_schedule": "linear",
+    "warmup_steps": 500,
+    "dropout": 0.0,
+}
+
+# 100 to 500 photographs and a backbone with ImageNet weights, on a CPU or one GPU (docs/own-data.md).
+SMALL = FAST | {
+    "backbone": "resnet18",
+    "min_size": 256,
+    "max_size": 352,
+    "augment": "strong",
+    "pre_norm": True,
+    "hidden_dim": 128,
+    "dim_feedforward": 512,
+    "enc_layers": 2,
+    "dec_layers": 3,
+    "num_queries": 50,
+    "batch_size": 8,
+    "lr": 1.4e-3,
+    "lr_backbone": 2e-4,
+    "warmup_steps": 100,
+    "eos_coef": 0.4,
+    "ema_decay": 0.998,
+    "epochs": 80,
+    "eval_every": 10,
+}
+
+RECIPES: dict[str, dict[str, Any]] = {"demo": DEMO, "fast": FAST, "small": SMALL}
 
 
 def parse_args(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) -> argparse.Namespace:
