@@ -38,7 +38,7 @@ def train_one_epoch(
     metrics = MetricLogger(delimiter="  ")
     metrics.add_meter("lr", SmoothedValue(window_size=1, fmt="{value:.6f}"))
     metrics.add_sums(state.sums if state else {})
-    with_targets = state is not None and state.with_targets
+    with_targets = getattr(state, "with_targets", False)
     done, batches = state.batches_done if state else 0, len(data_loader)
     optimizer.zero_grad()
     rows = metrics.log_every(data_loader, print_freq, f"Epoch: [{epoch}]", done, getattr(state, "epochs_left", 0))

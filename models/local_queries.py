@@ -1,22 +1,24 @@
 """Initial weights of the decoder: each object query looks at one place of the image and passes on what is there.
 
 With random weights every query attends to the whole image, and training must first find a query for each place. With
-`--query_init local` the queries begin as the positions of a grid. The cross-attention of every decoder layer compares
-only positions, so that a query attends to the cells around its point, and it copies these cells: the value and output
-projections are identities. Only initial values change; all of them train, and the network is the published one.
+`--query_init local` the queries begin as the positions of a grid. In the cross-attention of every decoder layer a query
+attends to the cells around its point, prefers those that the class head does not call "no object", and copies them: the
+value and output projections are identities. This needs the loss of models/encoder_loss.py, which applies the class head
+to the cells. Only initial values change; all of them train, and the network is the published one.
 """
 
 import math
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from models.attention import Attention
 from models.detr import DETR
 from util.nested_tensor import NestedTensor
 
-PEAK = 10.0  # score of a cell at the query's own point; with a grid of C = 128, half of it at 0.1 of the image's side
+PEAK = 10.0  # score of a cell at the query's point; with C = 128, the weights spread over 0.1 of the image's side
+OBJECTNESS = 1.0  # added to a cell's score, times its projection on the direction away from "no object"
 CONTENT = 0.2  # share that is kept of the random weights, which compare content
 
 
@@ -36,6 +38,7 @@ def init_local_queries(detr: DETR) -> None:
     queries[: rows * columns] = positions[0, :, ::2, ::2].flatten(1).T
     for layer in parts.transformer.decoder.layers:
         _attend_by_position(layer.multihead_attn)
+        _prefer_objects(layer.multihead_attn, no_object=detr.class_embed.weight[-1])
         _copy_values(layer.multihead_attn)
 
 
@@ -48,6 +51,14 @@ def _attend_by_position(attention: Attention) -> None:
         projection.mul_(CONTENT)
         projection[:waves, :waves] = scale * torch.eye(waves)
         projection[waves : 2 * waves, width // 2 : width // 2 + waves] = scale * torch.eye(waves)
+
+
+def _prefer_objects(attention: Attention, no_object: Tensor) -> None:
+    """Let the last feature of each head add to a cell's score how little the cell is like "no object"."""
+    direction, heads = -no_object / no_object.norm(), attention.num_heads
+    query, key, _ = attention.in_proj_weight.view(3, heads, attention.head_dim, -1)
+    query[:, -1], key[:, -1] = 0, direction
+    attention.in_proj_bias.view(3, heads, -1)[0, :, -1] = OBJECTNESS * math.sqrt(attention.head_dim)
 
 
 def _copy_values(attention: Attention) -> None:

@@ -67,6 +67,24 @@ def test_encoder_losses_are_zero_for_perfect_cells_only():
     assert encoder_losses(criterion, outputs, targets)["loss_ce"] > 1
 
 
+def test_encoder_losses_leave_out_the_padding_and_no_class():
+    criterion = build()[1].criterion
+    padding = NO_PADDING.clone()
+    padding[:, :, 4:] = True
+    targets = [target((0, [0.5, 0.5, 0.5, 1.0]))]
+    outputs = {"pred_logits": torch.randn(1, 32, 6), "pred_boxes": torch.rand(1, 32, 4), "padding": padding}
+    before = encoder_losses(criterion, outputs, targets)
+    outputs["pred_logits"][padding.flatten(1)] += torch.randn(6)
+    outputs["pred_boxes"][padding.flatten(1)] = 0.9
+    assert encoder_losses(criterion, outputs, targets) == before
+    outputs["pred_logits"][:, :, 0] += 1
+    assert encoder_losses(criterion, outputs, targets)["loss_ce"] != before["loss_ce"]
+    only_object = outputs["pred_logits"].clone()
+    only_object[cell_targets(padding, targets, 5)[0] == 0] = torch.tensor([9.0, 0, 0, 0, 0, 0])
+    after = encoder_losses(criterion, outputs | {"pred_logits": only_object}, targets)
+    assert after["loss_ce"] < encoder_losses(criterion, outputs, targets)["loss_ce"]
+
+
 def test_encoder_loss_leaves_the_networks_outputs_and_parameters_as_they_are():
     wrapped, criterion = build()
     samples = nested_tensor_from_tensor_list([torch.rand(3, 64, 80), torch.rand(3, 48, 96)])

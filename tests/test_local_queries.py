@@ -31,3 +31,12 @@ def test_local_queries_pass_on_what_they_attend_to():
     memory = torch.randn(1, 1, attention.embed_dim)
     values, _ = attention(torch.randn(1, 6, attention.embed_dim), memory, memory)
     torch.testing.assert_close(values, memory.expand(1, 6, -1))
+
+
+def test_local_queries_prefer_cells_that_are_not_like_no_object():
+    model = build_model(parse("--num_queries 6 --query_init local"))[0].eval()
+    attention, no_object = model.transformer.decoder.layers[1].multihead_attn, model.class_embed.weight[-1]
+    memory = torch.stack([no_object, torch.zeros_like(no_object), -no_object])[None] * 3 / no_object.norm()
+    weights = attention(torch.zeros(1, 1, attention.embed_dim), memory, memory, need_weights=True)[1]
+    wanted = torch.tensor([-3.0, 0.0, 3.0]).softmax(0)
+    torch.testing.assert_close(weights[0, 0], wanted)

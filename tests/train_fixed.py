@@ -14,6 +14,7 @@ from datasets.batches import TrainBatches
 from engine import train_one_epoch
 from main import build_run, distribute
 from models import build_model
+from models.training import build_training
 from tests.helpers import loader_of, parse
 from util.dist import all_gather, get_rank, get_world_size, process_group
 from util.meters import merge_sums
@@ -23,7 +24,7 @@ from util.nested_tensor import collate_fn
 class Recorder:
     """Stands in for `util.run.Run`: record each step's losses, averaged over processes."""
 
-    batches_done, sums = 0, {}
+    batches_done, sums, with_targets = 0, {}, True
 
     def __init__(self):
         self.losses = []
@@ -57,7 +58,7 @@ class Pictures(torch.utils.data.Dataset):
 
 def main(out: str, batch_size: int, how: str) -> None:
     """Train an epoch of six steps at a global batch of two, with a high rate so that errors would grow."""
-    args = parse("--dropout 0 --lr 1e-3 --lr_backbone 1e-3 --num_classes 3 --accum_steps 2")
+    args = parse("--dropout 0 --lr 1e-3 --lr_backbone 1e-3 --num_classes 3 --accum_steps 2 --encoder_loss_coef 1")
     with process_group("cpu") as processes:
         if how == "fail":
             if get_rank() == 1:
@@ -67,14 +68,15 @@ def main(out: str, batch_size: int, how: str) -> None:
                 all_gather(0)
         torch.manual_seed(1 + get_rank())  # the wrapper must give every process the first one's weights
         model, criterion, _ = build_model(args)
+        network, criterion, _ = build_training(args, model, criterion)
         pictures = Pictures(how == "unequal")
         run = build_run(args, model, loader_of(), pictures.class_names)
         batches = TrainBatches(12, batch_size, 0, get_rank(), get_world_size())
         loader = torch.utils.data.DataLoader(pictures, batch_sampler=batches, collate_fn=collate_fn)
         recorder = Recorder()
-        model = distribute(model, processes, torch.device("cpu"))
+        network = distribute(network, processes, torch.device("cpu"))
         train_one_epoch(
-            model, criterion, loader, run.optimizer, torch.device("cpu"), 0, 0.1, accum_steps=2, state=recorder
+            network, criterion, loader, run.optimizer, torch.device("cpu"), 0, 0.1, accum_steps=2, state=recorder
         )
         if get_rank() == 0:
             Path(out).write_text(json.dumps(recorder.losses))
