@@ -60,6 +60,7 @@ SMALL = FAST | {
     "dim_feedforward": 512,
     "enc_layers": 2,
     "dec_layers": 3,
+    "num_queries": 50,
     "batch_size": 8,
     "lr": 1.4e-3,
     "lr_backbone": 2e-4,
