@@ -17,27 +17,29 @@ from torch import Tensor
 
 from models.criterion import SetCriterion
 from util.box_ops import box_cxcywh_to_xyxy, elementwise_giou
-from util.dist import get_world_size, mean_over_processes
+from util.dist import mean_over_processes
 
 PREFIX = "enc_"  # of the names of these losses
 IGNORED = -100  # cross_entropy's mark for positions without a target
 
 
 def encoder_losses(criterion: SetCriterion, outputs: dict[str, Tensor], targets: list[dict]) -> dict[str, Tensor]:
-    """Cross-entropy of all cells, and L1 and 1 - GIoU of the cells of objects, averaged over these.
+    """Cross-entropy of all cells, averaged with class weights, and L1 and 1 - GIoU averaged over the cells of objects.
 
-    `outputs` has `pred_logits` [B, N, K+1], `pred_boxes` [B, N, 4] and the `padding` [B, h, w] of the cells.
+    `outputs` has `pred_logits` [B, N, K+1], `pred_boxes` [B, N, 4] and the `padding` [B, h, w] of the cells. The means
+    are over all processes: what DistributedDataParallel averages is the sum of each divided by the mean of all.
     """
     logits, padding = outputs["pred_logits"].float(), outputs["padding"]
     labels, boxes = cell_targets(padding, targets, criterion.num_classes)
     found = (labels != criterion.num_classes) & (labels != IGNORED)
     predicted, boxes = outputs["pred_boxes"].float()[found], boxes[found]
-    cells = found.sum().float()
-    if get_world_size() > 1:
-        cells = mean_over_processes(cells, logits.device)
+    class_weights = criterion.empty_weight
+    counts = torch.stack([class_weights[labels[labels != IGNORED]].sum(), found.sum().float()])
+    weight, cells = mean_over_processes(counts, logits.device)
+    class_loss = F.cross_entropy(logits.transpose(1, 2), labels, class_weights, ignore_index=IGNORED, reduction="sum")
     giou = elementwise_giou(box_cxcywh_to_xyxy(predicted), box_cxcywh_to_xyxy(boxes))
     return {
-        "loss_ce": F.cross_entropy(logits.transpose(1, 2), labels, criterion.empty_weight, ignore_index=IGNORED),
+        "loss_ce": class_loss / weight,
         "loss_bbox": (predicted - boxes).abs().sum() / cells.clamp(min=1),
         "loss_giou": (1 - giou).sum() / cells.clamp(min=1),
     }

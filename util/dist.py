@@ -158,8 +158,8 @@ def gather_to_main(data: Any) -> list | None:
     return gathered
 
 
-def mean_over_processes(value: float, device: torch.device) -> Tensor | float:
-    """Average a number over processes; it stays on the device where there are several."""
+def mean_over_processes(value: Any, device: torch.device) -> Any:
+    """Average a number, or a tensor of numbers, over processes; it stays on the device where there are several."""
     if get_world_size() == 1:
         return value
     total = torch.as_tensor(value, dtype=torch.float32, device=device)
