@@ -147,8 +147,8 @@ def warn_of_few_images(count: int, recipe: str | None = None) -> None:
     if count < few:
         remedy = "" if recipe == "small" else ", or use --recipe small (docs/own-data.md)"
         logger.warning(
-            f"{count} training images: from a backbone alone, this recipe needs {few} or more. Start from COCO weights "
-            f"with --finetune FILE_OR_URL{remedy}"
+            f"{count} training images: without COCO weights, this recipe is meant for {few} or more. Start from COCO "
+            f"weights with --finetune FILE_OR_URL{remedy}"
         )
 
 

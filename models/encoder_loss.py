@@ -1,10 +1,10 @@
 """A loss on the encoder's output, in training only: each feature cell predicts the object that it lies in.
 
 The object queries read the encoder's output, the memory, and say where the objects are. At the start the memory has no
-positions in it (DETR adds them to queries and keys of the attention, not to values), and the gradient that should put
-them there comes through queries that look anywhere. So training begins with thousands of steps in which the queries
-predict the same boxes for every image. Here the network's own heads read every cell directly: a cell near the centre of
-an object must give the object's class and box, every other cell "no object". Detectors with more than one stage train
+positions in it: DETR adds them to queries and keys of the attention, not to values. The gradient that should put them
+there comes through queries that look anywhere. On few images, the queries can go on predicting the same boxes for
+every image for thousands of steps. Here the network's own heads read every cell directly: a cell near the centre of an
+object must give the object's class and box, every other cell "no object". Detectors with more than one stage train
 their encoder in this way (Zhu et al., "Deformable DETR", ICLR 2021, arXiv 2010.04159, section 4.2), and Co-DETR adds
 dense heads (Zong et al., ICCV 2023, arXiv 2211.12860). The network and its parameters stay as they are.
 

@@ -10,6 +10,7 @@ import run_with_submitit
 from tools import (
     benchmark,
     check_dataset,
+    convergence,
     convert,
     draw_panoptic,
     export,
@@ -22,7 +23,7 @@ from tools import (
 
 ROOT = Path(__file__).parents[1]
 TOOLS = (
-    benchmark, check_dataset, convert, draw_panoptic, export, import_data, model_table, predict, report,
+    benchmark, check_dataset, convergence, convert, draw_panoptic, export, import_data, model_table, predict, report,
     show_predictions,
 )  # fmt: skip
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *(ROOT / ".github").glob("*.md")])

@@ -23,7 +23,6 @@ from util.cli import command_line, exit_status
 from util.plot_utils import plt, read_log
 
 ROOT = Path(__file__).resolve().parents[1]
-NUMBERS = ("AP", "AP50", "boxes_per_object")
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -88,7 +87,7 @@ def plot(results: dict[str, dict[int, dict]], path: Path) -> None:
     for name, runs in results.items():
         epochs = next(iter(runs.values()))["epochs"]
         pace = mean(run["minutes_per_epoch"] for run in runs.values())
-        for row, number in zip(axes, NUMBERS, strict=False):
+        for row, number in zip(axes, ("AP", "AP50"), strict=True):
             values = list(zip(*(run[number] for run in runs.values()), strict=True))
             for axis, x in zip(row, (epochs, [epoch * pace for epoch in epochs]), strict=True):
                 line = axis.plot(x, [mean(each) for each in values], ".-", label=f"{name} ({len(runs)} seeds)")[0]
@@ -105,7 +104,7 @@ def plot(results: dict[str, dict[int, dict]], path: Path) -> None:
 
 
 def main(args) -> None:
-    """Train what is not trained yet; write results.json and ap.png after every run."""
+    """Train what is not trained yet; write results.json after every run, and ap.png at the end."""
     variants, results = parse_variants(args.variant), {}
     for seed in args.seeds:
         for name, flags in variants.items():

@@ -49,7 +49,7 @@ FAST = {
     "dropout": 0.0,
 }
 
-# 100 to 500 photographs and a backbone with ImageNet weights, on a CPU or one GPU (docs/own-data.md).
+# A few hundred photographs and a backbone with ImageNet weights, on a CPU or one GPU (docs/own-data.md).
 SMALL = FAST | {
     "backbone": "resnet18",
     "min_size": 256,
