@@ -3,8 +3,11 @@
 With random weights every query attends to the whole image, and training must first find a query for each place. With
 `--query_init local` the queries begin as the positions of a grid. In the cross-attention of every decoder layer a query
 attends to the cells around its point, prefers those that the class head does not call "no object", and copies them: the
-value and output projections are identities. This needs the loss of models/encoder_loss.py, which applies the class head
-to the cells. Only initial values change; all of them train, and the network is the published one.
+value and output projections are identities. Keys and queries are sums of content and position. So that content does not
+blur where a query looks, the features that hold the positions begin without content, in the memory and in the decoder.
+What else a decoder layer adds, by its self-attention and its perceptron, begins at zero: the decoder begins by saying
+what the heads read in the cells. This needs the loss of models/encoder_loss.py, which applies the heads to the cells.
+Only initial values change; all of them train, and the network is the published one.
 """
 
 import math
@@ -17,8 +20,8 @@ from models.attention import Attention
 from models.detr import DETR
 from util.nested_tensor import NestedTensor
 
-PEAK = 10.0  # score of a cell at the query's point; with C = 128, the weights spread over 0.1 of the image's side
-OBJECTNESS = 1.0  # added to a cell's score, times its projection on the direction away from "no object"
+PEAK = 40.0  # score of a cell at the query's point; with C = 128, the weights spread over 0.05 of the image's side
+OBJECTNESS = 2.0  # added to a cell's score, times its projection on the direction away from "no object"
 CONTENT = 0.2  # share that is kept of the random weights, which compare content
 
 
@@ -36,10 +39,26 @@ def init_local_queries(detr: DETR) -> None:
     cells = torch.zeros(1, 1, 2 * rows, 2 * columns, device=queries.device)
     positions = parts.backbone[1](NestedTensor(cells, torch.zeros_like(cells[0], dtype=torch.bool)))
     queries[: rows * columns] = positions[0, :, ::2, ::2].flatten(1).T
-    for layer in parts.transformer.decoder.layers:
+    encoder, decoder = parts.transformer.encoder, parts.transformer.decoder
+    if decoder.layers[0].normalize_before:
+        before_attention = [encoder.norm] + [layer.norm2 for layer in decoder.layers]
+    else:
+        before_attention = [layer.norm2 for layer in encoder.layers[-1:]] + [layer.norm1 for layer in decoder.layers]
+    for norm in before_attention:
+        norm.weight[_position_features(decoder.layers[0].multihead_attn)] = 0
+    for layer in decoder.layers:
+        for last in (layer.self_attn.out_proj, layer.linear2):
+            nn.init.zeros_(last.weight)
+            nn.init.zeros_(last.bias)
         _attend_by_position(layer.multihead_attn)
         _prefer_objects(layer.multihead_attn, no_object=detr.class_embed.weight[-1])
         _copy_values(layer.multihead_attn)
+
+
+def _position_features(attention: Attention) -> list[int]:
+    """Return the features in which `_attend_by_position` compares positions: the shortest waves in y and in x."""
+    waves, half = attention.head_dim // 2, attention.embed_dim // 2
+    return [*range(waves), *range(half, half + waves)]
 
 
 def _attend_by_position(attention: Attention) -> None:
