@@ -9,7 +9,7 @@ from typing import Any
 DEMO = {
     "dataset_file": "shapes",
     "coco_path": "data/shapes",
-    "shapes_train": 6000,
+    "shapes_train": 6600,
     "shapes_classes": 3,
     "shapes_size": 128,
     "min_size": 80,
@@ -53,8 +53,8 @@ FAST = {
 # A few hundred photographs and a backbone with ImageNet weights, on a CPU or one GPU (docs/own-data.md).
 SMALL = FAST | {
     "backbone": "resnet18",
-    "min_size": 256,
-    "max_size": 352,
+    "min_size": 320,
+    "max_size": 416,
     "augment": "strong",
     "pre_norm": True,
     "hidden_dim": 128,
