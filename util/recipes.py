@@ -55,7 +55,7 @@ SMALL = FAST | {
     "backbone": "resnet18",
     "min_size": 320,
     "max_size": 416,
-    "augment": "strong",
+    "augment": "flip",
     "pre_norm": True,
     "hidden_dim": 128,
     "dim_feedforward": 512,
@@ -68,7 +68,7 @@ SMALL = FAST | {
     "warmup_steps": 100,
     "eos_coef": 0.4,
     "ema_decay": 0.998,
-    "epochs": 80,
+    "epochs": 60,
     "eval_every": 10,
 }
 
