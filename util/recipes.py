@@ -67,6 +67,8 @@ SMALL = FAST | {
     "lr_backbone": 2e-4,
     "warmup_steps": 100,
     "eos_coef": 0.4,
+    "dropout": 0.1,
+    "class_balance": "weights",
     "ema_decay": 0.998,
     "epochs": 60,
     "eval_every": 10,
