@@ -7,7 +7,7 @@ DEMO := runs/demo
 .PHONY: demo test test-fast test-slurm lint format clean
 
 demo: $(VENV)/.run
-	@echo "training takes 7 to 8 minutes on two cores"
+	@echo "training takes 7 to 9 minutes on two cores"
 	$(RUN) main.py --recipe demo $(DEMO_MORE) --output_dir $(DEMO) --resume auto
 	$(RUN) tools/show_predictions.py --run $(DEMO)
 	@echo "AP above; curves in $(DEMO)/curves.png, predictions in $(DEMO)/predictions.png"
