@@ -5,8 +5,8 @@ With random weights every query attends to the whole image, and training must fi
 attends to the cells around its point, prefers those that the class head does not call "no object", and copies them: the
 value and output projections are identities. Keys and queries are sums of content and position. So that content does not
 blur where a query looks, the features that hold the positions begin without content, in the memory and in the decoder.
-What else a decoder layer adds, by its self-attention and its perceptron, begins at zero: the decoder's first predictions
-are those that the heads read in the cells. This needs the loss of models/encoder_loss.py, which applies the heads to the
+What else a decoder layer adds, by self-attention and perceptron, begins at zero: the decoder's first predictions are
+those that the heads read in the cells. This needs the loss of models/encoder_loss.py, which applies the heads to the
 cells. Only initial values change; all of them train, and the network is the published one.
 """
 
