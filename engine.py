@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterable
 from contextlib import nullcontext
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +14,7 @@ from datasets.panoptic_eval import PanopticEvaluator
 from util.logger import logger
 from util.meters import MetricLogger, SmoothedValue
 
-__all__ = ["CocoEvaluator", "PanopticEvaluator", "evaluate", "train_one_epoch"]
+__all__ = ["CocoEvaluator", "EvalOptions", "PanopticEvaluator", "evaluate", "train_one_epoch"]
 
 AMP_TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 MIN_SCALE = 2.0**-30  # of the loss in fp16; with a lower one, a step that is not finite is not due to overflow
@@ -110,6 +111,19 @@ def compile_network(model: nn.Module) -> None:
     model.compile(options={"force_layout_optimization": True})
 
 
+@dataclass(frozen=True)
+class EvalOptions:
+    """How to evaluate; AP counts the `max_detections` best detections of each image.
+
+    `amp` is "bf16", "fp16" or None; `coco_backend` as `--coco_eval`; a log line every `print_freq` batches.
+    """
+
+    amp: str | None = None
+    coco_backend: str = "auto"
+    max_detections: int = 100
+    print_freq: int = 10
+
+
 @torch.no_grad()
 def evaluate(
     model: nn.Module,
@@ -119,29 +133,24 @@ def evaluate(
     base_ds,
     device: torch.device,
     output_dir: str,
-    *,
-    amp: str | None = None,
-    coco_backend: str = "auto",
-    max_detections: int = 100,
-    print_freq: int = 10,
+    options: EvalOptions = EvalOptions(),
 ) -> tuple[dict, CocoEvaluator | None]:
     """Run the model over the data and compute every metric of `datasets.evaluators`, at the images' original sizes.
 
     `base_ds` is the annotations' index as pycocotools builds it (needed on the main process only). Returns the averaged
     losses with, on the main process, the metrics: `coco_eval_bbox` (COCO's twelve numbers), `coco_eval_masks` where
-    there are masks, and `PQ_all`, `PQ_th`, `PQ_st` where there are panoptic maps; and the CocoEvaluator. AP counts the
-    `max_detections` best detections of each image.
+    there are masks, and `PQ_all`, `PQ_th`, `PQ_st` where there are panoptic maps; and the CocoEvaluator.
     """
     model.eval()
     criterion.eval()
     metrics = MetricLogger(delimiter="  ")
-    evaluators = build_evaluators(postprocessors, data_loader, base_ds, output_dir, coco_backend)
+    evaluators = build_evaluators(postprocessors, data_loader, base_ds, output_dir, options.coco_backend)
     if "coco" in evaluators:
-        evaluators["coco"].set_max_detections(max_detections)
-    for samples, targets in metrics.log_every(data_loader, print_freq, "Test:"):
+        evaluators["coco"].set_max_detections(options.max_detections)
+    for samples, targets in metrics.log_every(data_loader, options.print_freq, "Test:"):
         samples = samples.to(device, non_blocking=True)
         on_device = to_device(targets, device)
-        with autocast(device, amp):
+        with autocast(device, options.amp):
             outputs = model(samples)
             losses = criterion(outputs, on_device)
         update_metrics(metrics, loss_values(losses, criterion.weight_dict))
@@ -180,6 +189,18 @@ def to_device(targets: Iterable[dict], device: torch.device) -> list[dict]:
 def autocast(device: torch.device, amp: str | None) -> torch.autocast:
     """Return the context for the forward pass and the loss: "bf16", "fp16", or None for float32."""
     return torch.autocast(torch.device(device).type, dtype=AMP_TYPES.get(amp), enabled=amp is not None)
+
+
+def pick_amp(name: str | None, device: torch.device) -> str | None:
+    """Return the precision of `--amp`: "auto" is "bf16" where the hardware multiplies it; "none" is None, float32."""
+    if name != "auto":
+        return None if name == "none" else name
+    if device.type == "cuda":
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        fast = device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
+    logger.info(f"--amp auto: {'bf16' if fast else 'float32'}")
+    return "bf16" if fast else None
 
 
 def allow_tf32(yes: bool) -> None:

@@ -38,7 +38,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--lr_drop", default=200, type=int, help="divide both rates by 10 every so many epochs")
     add("--clip_max_norm", default=0.1, type=float, help="largest norm of the gradient; 0: no clipping")
     add("--accum_steps", default=1, type=int, help="batches whose gradients are averaged for one step")
-    add("--amp", choices=["bf16", "fp16"], help="half precision in the network (matching and losses stay float32)")
+    add("--amp", choices=["none", "auto", "bf16", "fp16"], help="half precision in the network; auto: where it is fast")
     add("--tf32", action="store_true",
         help="let float32 products on a GPU round their inputs to TF32, 10 bits of fraction")
     add("--compile", action="store_true", help="compile the network (torch.compile)")
@@ -185,7 +185,7 @@ from datasets.class_metrics import write_classes
 from datasets.coco_backends import pick_backend
 from datasets.coco_eval import write_evaluation
 from datasets.loaders import build_train_loader, build_val_loader
-from engine import allow_tf32, compile_network, evaluate, train_one_epoch
+from engine import EvalOptions, allow_tf32, compile_network, evaluate, pick_amp, train_one_epoch
 from models import build_model
 from models.position_encoding import LEARNED_CELLS, OLD_NAMES, POSITION_EMBEDDINGS
 from models.training import build_training
@@ -275,11 +275,11 @@ def run_process(args, processes: ProcessInfo, interruption: Interruption) -> Non
     model, criterion, postprocessors = build_parts(args, device, checkpoint, name, (train_set or val_set).class_names)
     if args.compile:
         compile_network(model)
-    evaluation = (criterion, postprocessors, val_loader, base_ds, device, args.output_dir)
-    options = {"amp": args.amp, "coco_backend": args.coco_eval, "max_detections": args.eval_max_dets}
-    options["print_freq"] = args.print_freq
+    amp = pick_amp(args.amp, device)
+    options = EvalOptions(amp, args.coco_eval, args.eval_max_dets, args.print_freq)
+    evaluation = (criterion, postprocessors, val_loader, base_ds, device, args.output_dir, options)
     if args.eval:
-        _, evaluator = evaluate(model, *evaluation, **options)
+        _, evaluator = evaluate(model, *evaluation)
         write_evaluation(evaluator, args.output_dir, "eval.pth")
         write_classes(evaluator, args.output_dir)
         return
@@ -299,12 +299,12 @@ def run_process(args, processes: ProcessInfo, interruption: Interruption) -> Non
         with run.training(train_loader):
             train_stats = train_one_epoch(
                 network, train_criterion, train_loader, run.optimizer, device, epoch, args.clip_max_norm,
-                amp=args.amp, scaler=run.scaler, accum_steps=args.accum_steps, print_freq=args.print_freq, state=run,
+                amp=amp, scaler=run.scaler, accum_steps=args.accum_steps, print_freq=args.print_freq, state=run,
             )  # fmt: skip
         test_stats = {}
         if (epoch + 1) % args.eval_every == 0 or epoch + 1 == args.epochs:
             broadcast_buffers(run.evaluated_model)
-            test_stats, evaluator = evaluate(run.evaluated_model, *evaluation, **options)
+            test_stats, evaluator = evaluate(run.evaluated_model, *evaluation)
             numbered = [f"eval/{epoch:03}.pth"] if epoch % 50 == 0 else []
             write_evaluation(evaluator, args.output_dir, "eval/latest.pth", *numbered)
         run.finish_epoch(train_stats, test_stats)

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 import main
-from engine import evaluate, train_one_epoch
+from engine import evaluate, pick_amp, train_one_epoch
 from models import build_model
 from tests.helpers import loader_of, parse
 from util.nested_tensor import nested_tensor_from_tensor_list
@@ -244,3 +244,14 @@ def test_fp16_gradients_are_clipped_unscaled():
         model, criterion, [batch(1)], optimizer, torch.device("cpu"), 0, 0.1, amp="fp16", scaler=scaler
     )  # fmt: skip
     assert norms == [pytest.approx(0.1, rel=1e-2)]
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_amp_auto_is_bf16_where_the_hardware_multiplies_it(fast, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: fast)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: fast or including_emulation)
+    for device in ("cpu", "cuda"):
+        assert pick_amp("auto", torch.device(device)) == ("bf16" if fast else None)
+    assert pick_amp("auto", torch.device("mps")) is None
+    given = {None: None, "none": None, "bf16": "bf16", "fp16": "fp16"}
+    assert {name: pick_amp(name, torch.device("cpu")) for name in given} == given
