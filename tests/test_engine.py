@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 import main
-from engine import evaluate, pick_amp, train_one_epoch
+from engine import EvalOptions, evaluate, pick_amp, train_one_epoch
 from models import build_model
 from tests.helpers import loader_of, parse
 from util.nested_tensor import nested_tensor_from_tensor_list
@@ -197,6 +197,7 @@ def test_evaluation_scores_every_image_at_its_original_size(coco_root):
             self.batches = iter(loader)
 
         def forward(self, samples):
+            self.half = torch.is_autocast_enabled("cpu")
             targets = next(self.batches)[1]
             logits, boxes = torch.zeros(len(targets), 8, 5), torch.full((len(targets), 8, 4), 0.01)
             logits[..., 4] = 20
@@ -207,10 +208,16 @@ def test_evaluation_scores_every_image_at_its_original_size(coco_root):
 
     _, criterion, post, _ = parts("--no_aux_loss")
     base_ds = get_coco_api_from_dataset(dataset)
-    stats, evaluator = evaluate(Oracle(), criterion, post, loader, base_ds, torch.device("cpu"), "")
+    model, cpu = Oracle(), torch.device("cpu")
+    stats, evaluator = evaluate(model, criterion, post, loader, base_ds, cpu, "")
     assert stats["coco_eval_bbox"][0] == pytest.approx(1) and len(stats["coco_eval_bbox"]) == 12
     assert stats["loss_bbox"] == pytest.approx(0, abs=1e-5) and stats["class_error"] < 100
-    assert set(evaluator.results) == {21, 22, 23}
+    assert set(evaluator.results) == {21, 22, 23} and not model.half
+
+    model = Oracle()
+    _, evaluator = evaluate(model, criterion, post, loader, base_ds, cpu, "", EvalOptions("bf16", "pycocotools", 50))
+    assert model.half and evaluator.coco_eval["bbox"].params.maxDets[-1] == 50
+    assert type(evaluator.coco_eval["bbox"]).__module__ == "pycocotools.cocoeval"
 
 
 def one_step(accum_steps=1, stale=0.0):
