@@ -113,9 +113,9 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--min_size", default=new["min_size"], type=int,
         help="shortest side at evaluation; all training sizes scale with it")
     add("--max_size", default=new["max_size"], type=int, help="longest side at most, in pixels")
-    add("--augment", default=new["augment"], choices=("full", "strong", "flip", "none"),
-        help="full: the published flips, sizes and crops; strong: more of them, and changes of colour; flip: only "
-        "flips, at the evaluation's size; none: neither")
+    add("--augment", default=new["augment"], choices=("full", "strong", "crop", "flip", "none"),
+        help="full: the published flips, sizes and crops; strong: more of them, and changes of colour; at the "
+        "evaluation's size: crop: flips, colours and enlarged crops; flip: only flips; none: neither")
     add("--class_balance", default=new["class_balance"], choices=("none", "weights", "repeat"),
         help="for rare classes: weights: a larger weight in the loss; repeat: images with them are drawn more often")
     add("--image_dtype", default="uint8", choices=("uint8", "float32"),

@@ -26,7 +26,8 @@ from util.text import printable
 TRAIN_SCALES = tuple(range(480, 801, 32))
 CROP_SOURCES, CROP_SIDES = (400, 500, 600), (384, 600)
 STRONG_SCALES, STRONG_CROP_SIDES = tuple(range(320, 801, 32)), (256, 600)  # of --augment strong
-AUGMENTS = ("full", "strong", "flip", "none")
+LEAST_SIDE = 0.6  # of the image's, for the crops of --augment crop
+AUGMENTS = ("full", "strong", "crop", "flip", "none")
 IMAGE_DTYPES = ("float32", "uint8")
 ALLOWED = ("large_images", "outside_paths")  # what --allow may name
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, as the backbone's weights expect
@@ -188,9 +189,9 @@ def make_coco_transforms(
     """Build the published augmentation for `train`, and the fixed resize for `val`.
 
     `min_size` is the shortest side at evaluation and the largest one in training; the other training sizes keep
-    their proportion to it. `augment` is "full", "strong" (more sizes and crops, and changes of colour), "flip" (only
-    flips, at the evaluation's size) or "none". Images come out as "float32", normalised with ImageNet's mean and
-    deviation, or as "uint8", which the model normalises itself.
+    their proportion to it. `augment` is "full", "strong" (more sizes and crops, and changes of colour), or, at the
+    evaluation's size, "crop" (flips, changes of colour, enlarged crops), "flip" (only flips) or "none". Images come out
+    as "float32", normalised with ImageNet's mean and deviation, or as "uint8", which the model normalises itself.
     """
     for value, known in ((image_set, ("train", "val")), (augment, AUGMENTS), (image_dtype, IMAGE_DTYPES)):
         if value not in known:
@@ -203,6 +204,9 @@ def make_coco_transforms(
     elif image_set == "train" and augment == "strong":
         sizes = _random_sizes(min_size / 800, max_size, STRONG_SCALES, STRONG_CROP_SIDES)
         steps = [T.RandomHorizontalFlip(), T.RandomColours(), sizes]
+    elif image_set == "train" and augment == "crop":
+        # Colours come last: the image is smaller then.
+        steps = [T.RandomHorizontalFlip(), T.RandomResizedCrop(LEAST_SIDE, min_size, max_size), T.RandomColours()]
     elif image_set == "train" and augment == "flip":
         steps = [T.RandomHorizontalFlip(), *steps]
     last = [T.RelativeBoxes()] if image_dtype == "uint8" else [T.ToTensor(), T.Normalize(MEAN, STD)]

@@ -205,6 +205,23 @@ class RandomPad:
         return pad(img, target, (random.randint(0, self.max_pad), random.randint(0, self.max_pad)))
 
 
+class RandomResizedCrop:
+    """Resize as `resize` does; with probability p a region instead, whose sides are `least`..1 of the image's.
+
+    Both come out in the size of the whole image, so that images of one shape keep one size.
+    """
+
+    def __init__(self, least: float, size: int, max_size: int | None = None, p: float = 0.5):
+        self.least, self.size, self.max_size, self.p = least, size, max_size, p
+
+    def __call__(self, img: Picture, target: dict | None) -> Pair:
+        sides = F.get_size(img)
+        new_height, new_width = resized_size(*sides, self.size, self.max_size)
+        if random.random() < self.p:
+            img, target = _crop_somewhere(img, target, *(round(s * random.uniform(self.least, 1)) or 1 for s in sides))
+        return resize(img, target, (new_width, new_height))
+
+
 class RandomSelect:
     """Apply the first transform with probability p, else the second."""
 

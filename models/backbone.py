@@ -82,8 +82,8 @@ class BackboneBase(nn.Module):
         mask = tensor_list.mask
         assert mask is not None, "the backbone needs the padding mask of its images"
         images = tensor_list.tensors
-        if not (self.training and self.contiguous_training and images.device.type == "cpu"):
-            images = images.contiguous(memory_format=torch.channels_last)
+        plain = self.training and self.contiguous_training and images.device.type == "cpu"
+        images = images.contiguous(memory_format=torch.contiguous_format if plain else torch.channels_last)
         out: dict[str, NestedTensor] = {}
         for name, feature in self.body(images).items():
             small = F.interpolate(mask[:, None].float(), size=feature.shape[-2:], mode="nearest")

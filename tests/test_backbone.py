@@ -194,7 +194,7 @@ def test_backbone_without_avx512_trains_contiguous(training):
         lambda module, inputs, output: layouts.append(inputs[0].is_contiguous())
     )
     for backbone.contiguous_training in (True, False):
-        backbone.train(training)(nested_tensor_from_tensor_list(torch.rand(1, 3, 64, 64)))
+        backbone.train(training)(nested_tensor_from_tensor_list([torch.rand(3, 64, 64)]))  # channels last
     assert layouts == [training, False]
 
 

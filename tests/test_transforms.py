@@ -119,6 +119,26 @@ def test_random_classes_stay_in_their_bounds():
         T.RandomCrop((100, 100))(image, target)
 
 
+def test_resized_crop_enlarges_a_region_to_the_size_of_the_whole_image():
+    random.seed(0)
+    ramp = torch.arange(60.0).expand(3, 40, 60)  # a pixel's value is its column
+    target = {"boxes": torch.tensor([[20.0, 10, 40, 30]]), "labels": torch.tensor([1])}
+    whole, _ = T.resize(ramp, target, 80)
+    widths = []
+    for _ in range(200):
+        image, found = T.RandomResizedCrop(0.6, 80)(ramp, target)
+        assert image.shape == whole.shape == (3, 80, 120) and found["size"].tolist() == [80, 120]
+        widths.append(float(image[0, 0, -1] - image[0, 0, 0]) / 59)
+        x0, _, x1, _ = found["boxes"][0].tolist()
+        if 0 < x0 < x1 < 120:  # the box still has its left and right edge, at columns 20 and 40
+            edges = image[0, 0, [round(x0), round(x1) - 1]]
+            assert edges.tolist() == pytest.approx([20, 39], abs=1)
+    assert 0.55 < min(widths) < 0.65 and sum(width > 0.99 for width in widths) > 80
+    assert torch.equal(T.RandomResizedCrop(0.6, 80, p=0)(ramp, None)[0], whole)
+    pixel = torch.zeros(3, 1, 1)
+    assert {T.RandomResizedCrop(0.1, 5, p=1)(pixel, None)[0].shape for _ in range(20)} == {(3, 5, 5)}
+
+
 def test_an_image_smaller_than_the_crop_is_kept_whole():
     image, target = scene(10, 12)
     assert T.RandomSizeCrop(384, 600)(image, target)[0].shape == (3, 10, 12)

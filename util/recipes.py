@@ -56,7 +56,7 @@ SMALL = FAST | {
     "backbone": "resnet18",
     "min_size": 320,
     "max_size": 416,
-    "augment": "flip",
+    "augment": "crop",
     "pre_norm": True,
     "hidden_dim": 128,
     "dim_feedforward": 512,
