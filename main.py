@@ -13,11 +13,12 @@ from util.flags import NEW_FLAGS, changed_flags, check_numbers, with_defaults, w
 from util.recipes import RECIPES, parse_args
 
 # fmt: off
-AT_LEAST = dict.fromkeys((  # the least value of each number; check_flags keeps dropout and ema_decay below 1
+AT_LEAST = dict.fromkeys((  # the least value of each number; check_flags keeps three below 1
     "lr", "lr_backbone", "weight_decay", "clip_max_norm", "enc_layers", "dropout", "ema_decay", "denoising_groups",
-    "warmup_steps", "start_epoch", "patience", "save_every_steps", "num_workers", "seed", "shapes_seed", "eos_coef",
-    "set_cost_class", "set_cost_bbox", "set_cost_giou", "denoising_box_noise", "denoising_label_noise",
-    "encoder_loss_coef", "mask_loss_coef", "dice_loss_coef", "bbox_loss_coef", "giou_loss_coef",
+    "warmup_steps", "decoder_delay", "start_epoch", "patience", "save_every_steps", "num_workers", "seed",
+    "shapes_seed", "eos_coef", "set_cost_class", "set_cost_bbox", "set_cost_giou", "denoising_box_noise",
+    "denoising_label_noise", "encoder_loss_coef", "mask_loss_coef", "dice_loss_coef", "bbox_loss_coef",
+    "giou_loss_coef",
 ), 0) | dict.fromkeys((
     "batch_size", "epochs", "lr_drop", "accum_steps", "dec_layers", "dim_feedforward", "hidden_dim", "nheads",
     "num_queries", "num_classes", "min_size", "max_size", "shapes_train", "shapes_val", "shapes_size",
@@ -99,6 +100,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--lr_schedule", default="step",
         help="step: divide the rates by 10 at --lr_drop; linear, cosine: lower them to 0 over the run, at every step")
     add("--warmup_steps", default=0, type=int, help="first steps, over which the rates rise from 0")
+    add("--decoder_delay", default=0.0, type=float,
+        help="first share of the run's steps, in which decoder and queries keep their weights")
 
     add = _group(parser, "data")
     add("--dataset_file", default="coco", help="coco, coco_panoptic, shapes or shapes_panoptic (datasets/__init__.py)")
@@ -218,6 +221,7 @@ def check_flags(args) -> None:
         (args.lr_schedule not in SHAPES, f"--lr_schedule {args.lr_schedule}: choose one of {', '.join(SHAPES)}"),
         (args.dropout >= 1, f"--dropout {args.dropout}: give less than 1"),
         (args.ema_decay >= 1, f"--ema_decay {args.ema_decay}: give less than 1"),
+        (args.decoder_delay >= 1, f"--decoder_delay {args.decoder_delay}: a share of the run; give less than 1"),
         (args.masks and (args.denoising_groups or args.encoder_loss_coef),
             "--denoising_groups and --encoder_loss_coef train boxes: leave out --masks"),
         (args.max_size < args.min_size, f"--max_size {args.max_size} is below --min_size {args.min_size}"),

@@ -11,7 +11,7 @@ from util.optim import build_lr_scheduler, build_optimizer
 from util.run import Run
 
 FAST = "--denoising_groups 2 --encoder_loss_coef 1 --query_init local --ema_decay 0.9 "
-FAST += "--lr_schedule linear --warmup_steps 3"
+FAST += "--lr_schedule linear --warmup_steps 3 --decoder_delay 0.2"
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +70,9 @@ def test_convergence_flags_leave_a_checkpoint_of_the_plain_network(data, tmp_pat
     assert set(state["model"]) == set(plain.state_dict())
     assert any(not torch.equal(v, state["ema"]["trained_model"][name]) for name, v in state["model"].items())
     positions = [len(group["params"]) for group in state["optimizer"]["param_groups"]]
-    assert positions == [len(group["params"]) for group in build_optimizer(parse(), plain).param_groups] + [3]
+    rest, backbone = [len(group["params"]) for group in build_optimizer(parse(), plain).param_groups]
+    delayed = sum(name.startswith(("transformer.decoder", "query_embed")) for name, _ in plain.named_parameters())
+    assert positions == [rest - delayed, backbone, delayed, 3]
 
 
 def test_ema_checkpoint_holds_the_average_as_its_model():
@@ -116,6 +118,26 @@ def test_lr_schedule_cosine_ends_at_zero():
         optimizer.step()
         scheduler.step()
     assert optimizer.param_groups[0]["lr"] == pytest.approx(0, abs=1e-12)
+
+
+def test_decoder_delay_trains_decoder_and_queries_after_its_share_of_the_steps():
+    torch.manual_seed(0)
+    args = parse("--num_classes 4 --decoder_delay 0.3 --warmup_steps 1 --lr_schedule linear --epochs 10 --dropout 0")
+    model = build_model(args)[0]
+    optimizer = build_optimizer(args, model)
+    scheduler = build_lr_scheduler(args, optimizer, steps_per_epoch=1)
+    rates = []
+    for step in range(5):
+        before = {name: value.clone() for name, value in model.state_dict().items()}
+        rates.append(optimizer.param_groups[2]["lr"] / args.lr)
+        sum(p.sum() + p.square().sum() for p in model.parameters() if p.requires_grad).backward()
+        optimizer.step()
+        scheduler.step()
+        moved = {name for name, p in model.named_parameters() if p.requires_grad and not torch.equal(p, before[name])}
+        waiting = {name for name, _ in model.named_parameters() if name.startswith(("transformer.decoder", "query_e"))}
+        every = {name for name, p in model.named_parameters() if p.requires_grad}
+        assert moved == (every if step >= 3 else every - waiting)
+    assert rates == pytest.approx([0, 0, 0, 0.5 * 0.7, 0.6])
 
 
 def test_denoising_with_masks_is_refused():

@@ -19,7 +19,7 @@ def build_run(
     training_only: nn.Module | None = None, interruption: Interruption | None = None,
 ) -> Run:  # fmt: skip
     """Build the state of a training run at its beginning."""
-    every_step = args.lr_schedule != "step" or args.warmup_steps > 0
+    every_step = args.lr_schedule != "step" or args.warmup_steps > 0 or args.decoder_delay > 0
     steps_per_epoch = math.ceil(len(train_loader) / args.accum_steps) if every_step else 0
     optimizer = build_optimizer(args, model, training_only)
     ema = (

@@ -1,6 +1,7 @@
 """The optimizer, and the schedule of the learning rates."""
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import nn
@@ -14,12 +15,18 @@ SHAPES = {
 
 
 def build_optimizer(args, model: nn.Module, training_only: nn.Module | None = None) -> torch.optim.Optimizer:
-    """Build AdamW, with a learning rate of its own for the backbone; parameters beside the model come last."""
+    """Build AdamW, with a learning rate of its own for the backbone; parameters beside the model come last.
+
+    With `--decoder_delay`, decoder and object queries are a group of their own, marked as `delayed`.
+    """
+    delayed = ("transformer.decoder.", "query_embed.") if args.decoder_delay else ()
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for name, p in named if "backbone" not in name]},
+    groups: list[dict] = [
+        {"params": [p for name, p in named if "backbone" not in name and not name.startswith(delayed)]},
         {"params": [p for name, p in named if "backbone" in name], "lr": args.lr_backbone},
     ]
+    if delayed:
+        groups.append({"params": [p for name, p in named if name.startswith(delayed)], "delayed": True})
     if training_only:
         groups.append({"params": list(training_only.parameters())})
     return torch.optim.AdamW(groups, lr=args.lr, weight_decay=args.weight_decay, fused=True)
@@ -28,16 +35,23 @@ def build_optimizer(args, model: nn.Module, training_only: nn.Module | None = No
 def build_lr_scheduler(
     args, optimizer: torch.optim.Optimizer, steps_per_epoch: int = 0
 ) -> torch.optim.lr_scheduler.LRScheduler:
-    """Build the schedule of the rates: stepped after every epoch, or after every step if `steps_per_epoch` is given."""
+    """Build the schedule of the rates: stepped after every epoch, or after every step if `steps_per_epoch` is given.
+
+    The rate of a `delayed` group is 0 for the share `--decoder_delay` of the steps.
+    """
     if not steps_per_epoch:
         return torch.optim.lr_scheduler.StepLR(optimizer, args.lr_drop)
-    shape = SHAPES[args.lr_schedule]
+    shape, steps = SHAPES[args.lr_schedule], args.epochs * steps_per_epoch
 
-    def factor(step: int) -> float:
-        warmup = min(1.0, (step + 1) / (args.warmup_steps + 1))
-        return warmup * shape(step / (args.epochs * steps_per_epoch), step // steps_per_epoch // args.lr_drop)
+    def factor_after(delay: int) -> Callable[[int], float]:
+        def factor(step: int) -> float:
+            warmup = min(1.0, max(0, step + 1 - delay) / (args.warmup_steps + 1))
+            return warmup * shape(step / steps, step // steps_per_epoch // args.lr_drop)
 
-    return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+        return factor
+
+    delays = [round(args.decoder_delay * steps) * ("delayed" in group) for group in optimizer.param_groups]
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, [factor_after(delay) for delay in delays])
 
 
 def moving_average(decay: float):

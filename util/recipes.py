@@ -68,6 +68,7 @@ SMALL = FAST | {
     "lr": 1.4e-3,
     "lr_backbone": 2e-4,
     "warmup_steps": 100,
+    "decoder_delay": 0.15,
     "eos_coef": 0.4,
     "dropout": 0.1,
     "class_balance": "weights",
