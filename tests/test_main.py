@@ -45,6 +45,7 @@ def test_every_flag_is_explained_and_names_are_told_in_the_help():
     ("--frozen_weights x.pth", "add --masks"), ("--nheads 5", "--nheads 5"), ("--device gpu", "--device gpu"),
     ("--resume auto", "--output_dir"), ("--min_size 900 --max_size 800", "--max_size 800"),
     ("--hidden_dim 34 --nheads 2", "multiple of 4"), ("--dropout 1", "--dropout 1.0: give less than 1"),
+    ("--decoder_delay 1", "--decoder_delay 1.0: a share"),
     ("--eval --masks --frozen_weights x.pth", "give --resume"), ("--epochs 3 --start_epoch 3", "--start_epoch 3"),
     ("--backbone_norm batch --lr_backbone 0", "lr_backbone"), ("--masks", "--masks with --hidden_dim 32"),
     ("--position_embedding learned --max_size 1601", "--max_size 1601: learned .* 32 pixels; give 1600 or less"),
