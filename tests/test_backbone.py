@@ -92,6 +92,7 @@ def test_learned_positions_put_x_first_and_end_at_fifty():
 
 
 @pytest.mark.parametrize("name, dilation", [("resnet18", False), ("resnet50", False), ("resnet50", True)])
+@pytest.mark.slow
 def test_folded_norms_compute_and_train_as_torchvision_does(name, dilation):
     torch.manual_seed(0)
     body = Backbone(name, True, True, dilation, weights="none").double().body

@@ -231,6 +231,7 @@ def test_read_out_scales_boxes_and_ignores_no_object():
         PostProcess()({"pred_logits": logits, "pred_boxes": boxes}, torch.ones(2, 2))
 
 
+@pytest.mark.slow
 def test_callers_who_know_only_the_old_flags():
     old = json.loads((DATA / "flags.json").read_text())
     args = SimpleNamespace(**{dest: default for dest, default in old.values()}, backbone_weights="none")

@@ -72,6 +72,7 @@ without_gpu = pytest.mark.filterwarnings("ignore:.*CUDA is not available.*")  # 
 
 @pytest.mark.parametrize("flags, amp", WAYS)
 @without_gpu
+@pytest.mark.slow
 def test_a_training_step_waits_for_the_gpu_twice(looks, flags, amp):
     model, criterion, _ = build_model(parse(f"{flags} --num_classes 5"))
     with FakeTensorMode(allow_non_fake_inputs=True):

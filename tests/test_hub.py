@@ -165,6 +165,7 @@ def test_thresholds_that_are_no_score_are_refused(threshold):
 
 @pytest.mark.parametrize("flags", ["--dilation --backbone resnet50 --nheads 2", "--masks --hidden_dim 128 --nheads 8"])
 @pytest.mark.parametrize("kind", [dict, argparse.Namespace])  # of this project's checkpoints, of DETR's
+@pytest.mark.slow
 def test_entry_for_any_checkpoint_builds_what_it_describes(flags, kind, tmp_path):
     args = parse(f"{flags} --num_classes 5 --dataset_file coco_panoptic")
     model = build_model(args)[0].eval()

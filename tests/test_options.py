@@ -34,6 +34,7 @@ def targets():
 
 
 @pytest.mark.parametrize("dilation", [False, True])
+@pytest.mark.slow
 def test_checkpointed_activations_change_neither_outputs_nor_gradients(dilation, images):
     flags = "--num_classes 4 --dropout 0.1" + (" --backbone resnet50 --dilation" if dilation else "")
     gradients = []
@@ -201,6 +202,7 @@ def test_class_balance_trains_and_resumes_exactly(how, unbalanced, tmp_path):
         assert_same_weights(tmp_path / "whole", tmp_path / "plain")
 
 
+@pytest.mark.slow
 def test_patience_ends_a_run_and_counts_over_a_resume(tmp_path, caplog):
     caplog.set_level("INFO", "detr")
     args = parse("--epochs 9 --patience 2")

@@ -67,6 +67,7 @@ def large_image():
 
 
 @pytest.mark.parametrize(("tile", "overlap"), [(800, 0.2), (500, 0.5), (1999, 0.1), (3000, 0.2), (5000, 0.2)])
+@pytest.mark.slow
 def test_tiles_of_a_large_image_find_every_small_object_once(tile, overlap):
     image, truth = large_image()
     found = TiledPredictor(SquareFinder(), tile, overlap, batch_size=3)(image)
