@@ -9,23 +9,11 @@ import argparse
 import sys
 
 from util.cli import command_line, exit_status
-from util.flags import NEW_FLAGS, changed_flags, check_numbers, with_defaults, with_values
+from util.flags import LEAST_VALUES, NEW_FLAGS, changed_flags, check_numbers, with_defaults, with_values
 from util.recipes import RECIPES, parse_args
 
+
 # fmt: off
-AT_LEAST = dict.fromkeys((  # the least value of each number; check_flags keeps three below 1
-    "lr", "lr_backbone", "weight_decay", "clip_max_norm", "enc_layers", "dropout", "ema_decay", "denoising_groups",
-    "warmup_steps", "decoder_delay", "start_epoch", "patience", "save_every_steps", "num_workers", "seed",
-    "shapes_seed", "eos_coef", "set_cost_class", "set_cost_bbox", "set_cost_giou", "denoising_box_noise",
-    "denoising_label_noise", "encoder_loss_coef", "mask_loss_coef", "dice_loss_coef", "bbox_loss_coef",
-    "giou_loss_coef",
-), 0) | dict.fromkeys((
-    "batch_size", "epochs", "lr_drop", "accum_steps", "dec_layers", "dim_feedforward", "hidden_dim", "nheads",
-    "num_queries", "num_classes", "min_size", "max_size", "shapes_train", "shapes_val", "shapes_size",
-    "shapes_classes", "eval_every", "print_freq", "world_size",
-), 1) | {"eval_max_dets": 10}
-
-
 def get_args_parser() -> argparse.ArgumentParser:
     """Declare every flag. The defaults are the published recipe."""
     new = NEW_FLAGS
@@ -117,8 +105,8 @@ def get_args_parser() -> argparse.ArgumentParser:
         help="shortest side at evaluation; all training sizes scale with it")
     add("--max_size", default=new["max_size"], type=int, help="longest side at most, in pixels")
     add("--augment", default=new["augment"], choices=("full", "strong", "crop", "flip", "none"),
-        help="full: the published flips, sizes and crops; strong: more of them, and changes of colour; at the "
-        "evaluation's size: crop: flips, colours and enlarged crops; flip: only flips; none: neither")
+        help="full: the published flips, sizes and crops; strong: more of them, and changes of colour; crop: flips, "
+        "changes of colour and enlarged crops, at the evaluation's size; flip: only flips, at that size; none: neither")
     add("--class_balance", default=new["class_balance"], choices=("none", "weights", "repeat"),
         help="for rare classes: weights: a larger weight in the loss; repeat: images with them are drawn more often")
     add("--image_dtype", default="uint8", choices=("uint8", "float32"),
@@ -208,7 +196,7 @@ __all__ = ["build_dataset", "build_model", "get_args_parser", "get_coco_api_from
 
 def check_flags(args) -> None:
     """Raise ValueError for values, and combinations of them, that cannot be used."""
-    check_numbers(vars(args), AT_LEAST)
+    check_numbers(vars(args), LEAST_VALUES)
     stride = 4 if args.masks else 16 if args.dilation else 32  # of the finest features that have positions
     refusals = [
         (args.frozen_weights and not args.masks, "--frozen_weights trains a mask head on a frozen model: add --masks"),

@@ -26,7 +26,7 @@ from util.text import printable
 TRAIN_SCALES = tuple(range(480, 801, 32))
 CROP_SOURCES, CROP_SIDES = (400, 500, 600), (384, 600)
 STRONG_SCALES, STRONG_CROP_SIDES = tuple(range(320, 801, 32)), (256, 600)  # of --augment strong
-LEAST_SIDE = 0.6  # of the image's, for the crops of --augment crop
+LEAST_SIDE = 0.6  # shortest side of a crop of --augment crop, as a share of the image's side
 AUGMENTS = ("full", "strong", "crop", "flip", "none")
 IMAGE_DTYPES = ("float32", "uint8")
 ALLOWED = ("large_images", "outside_paths")  # what --allow may name

@@ -206,9 +206,9 @@ class RandomPad:
 
 
 class RandomResizedCrop:
-    """Resize as `resize` does; with probability p a region instead, whose sides are `least`..1 of the image's.
+    """With probability p, crop a region whose sides are `least`..1 of the image's; then resize.
 
-    Both come out in the size of the whole image, so that images of one shape keep one size.
+    A crop gets the size that `resize` gives the whole image, so all images of one shape have one size.
     """
 
     def __init__(self, least: float, size: int, max_size: int | None = None, p: float = 0.5):

@@ -138,6 +138,8 @@ def test_decoder_delay_trains_decoder_and_queries_after_its_share_of_the_steps()
         every = {name for name, p in model.named_parameters() if p.requires_grad}
         assert moved == (every if step >= 3 else every - waiting)
     assert rates == pytest.approx([0, 0, 0, 0.5 * 0.7, 0.6])
+    panoptic = torch.nn.ModuleDict({"detr": model})  # whose parameters are named so
+    assert len(build_optimizer(args, panoptic).param_groups[2]["params"]) == len(waiting)
 
 
 def test_denoising_with_masks_is_refused():

@@ -34,6 +34,21 @@ NEW_FLAGS = {
     "shapes_seed": 0,
 }
 
+# The least value of each flag of main.py that is a number and has one.
+# fmt: off
+LEAST_VALUES = dict.fromkeys((
+    "lr", "lr_backbone", "weight_decay", "clip_max_norm", "enc_layers", "dropout", "ema_decay", "denoising_groups",
+    "warmup_steps", "decoder_delay", "start_epoch", "patience", "save_every_steps", "num_workers", "seed",
+    "shapes_seed", "eos_coef", "set_cost_class", "set_cost_bbox", "set_cost_giou", "denoising_box_noise",
+    "denoising_label_noise", "encoder_loss_coef", "mask_loss_coef", "dice_loss_coef", "bbox_loss_coef",
+    "giou_loss_coef",
+), 0) | dict.fromkeys((
+    "batch_size", "epochs", "lr_drop", "accum_steps", "dec_layers", "dim_feedforward", "hidden_dim", "nheads",
+    "num_queries", "num_classes", "min_size", "max_size", "shapes_train", "shapes_val", "shapes_size",
+    "shapes_classes", "eval_every", "print_freq", "world_size",
+), 1) | {"eval_max_dets": 10}
+# fmt: on
+
 
 def with_defaults(args: Any, defaults: Mapping[str, Any]) -> argparse.Namespace:
     """Return the flags of `args` in a new Namespace, with `defaults` for those that it lacks.

@@ -19,14 +19,17 @@ def build_optimizer(args, model: nn.Module, training_only: nn.Module | None = No
 
     With `--decoder_delay`, decoder and object queries are a group of their own, marked as `delayed`.
     """
-    delayed = ("transformer.decoder.", "query_embed.") if args.decoder_delay else ()
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    backbone = {name for name, _ in named if "backbone" in name}
+    delayed = {
+        name for name, _ in named if args.decoder_delay and ("transformer.decoder." in name or "query_embed." in name)
+    }
     groups: list[dict] = [
-        {"params": [p for name, p in named if "backbone" not in name and not name.startswith(delayed)]},
-        {"params": [p for name, p in named if "backbone" in name], "lr": args.lr_backbone},
+        {"params": [p for name, p in named if name not in backbone | delayed]},
+        {"params": [p for name, p in named if name in backbone], "lr": args.lr_backbone},
     ]
     if delayed:
-        groups.append({"params": [p for name, p in named if name.startswith(delayed)], "delayed": True})
+        groups.append({"params": [p for name, p in named if name in delayed], "delayed": True})
     if training_only:
         groups.append({"params": list(training_only.parameters())})
     return torch.optim.AdamW(groups, lr=args.lr, weight_decay=args.weight_decay, fused=True)
@@ -92,5 +95,6 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, saved: dict, name: str) 
     except ValueError as error:
         raise ValueError(
             f"{name}: its optimizer trained other parameters ({error}). Give the --lr_backbone (0 or not), "
-            "--backbone_norm and --frozen_weights of that run; to start again from these weights, use --finetune"
+            "--decoder_delay (0 or not), --backbone_norm and --frozen_weights of that run; "
+            "to start again from these weights, use --finetune"
         ) from None
