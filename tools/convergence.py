@@ -86,11 +86,12 @@ def plot(results: dict[str, dict[int, dict]], path: Path) -> None:
     figure, axes = plt.subplots(2, 2, figsize=(11, 8), sharey="row")
     for name, runs in results.items():
         epochs = next(iter(runs.values()))["epochs"]
+        label = f"{name}, {len(runs)} seed" + "s" * (len(runs) > 1)
         pace = mean(run["minutes_per_epoch"] for run in runs.values())
         for row, number in zip(axes, ("AP", "AP50"), strict=True):
             values = list(zip(*(run[number] for run in runs.values()), strict=True))
             for axis, x in zip(row, (epochs, [epoch * pace for epoch in epochs]), strict=True):
-                line = axis.plot(x, [mean(each) for each in values], ".-", label=f"{name} ({len(runs)} seeds)")[0]
+                line = axis.plot(x, [mean(each) for each in values], ".-", label=label)[0]
                 axis.fill_between(
                     x, [min(v) for v in values], [max(v) for v in values], color=line.get_color(), alpha=0.2
                 )
