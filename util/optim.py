@@ -21,9 +21,8 @@ def build_optimizer(args, model: nn.Module, training_only: nn.Module | None = No
     """
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     backbone = {name for name, _ in named if "backbone" in name}
-    delayed = {
-        name for name, _ in named if args.decoder_delay and ("transformer.decoder." in name or "query_embed." in name)
-    }
+    waiting = ("transformer.decoder.", "query_embed.") if args.decoder_delay else ()
+    delayed = {name for name, _ in named if any(part in name for part in waiting)}
     groups: list[dict] = [
         {"params": [p for name, p in named if name not in backbone | delayed]},
         {"params": [p for name, p in named if name in backbone], "lr": args.lr_backbone},
